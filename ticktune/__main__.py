@@ -1,0 +1,5 @@
+"""``python -m ticktune``."""
+
+from ticktune.cli import program
+
+program()

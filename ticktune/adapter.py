@@ -1,0 +1,213 @@
+"""The artefact: what was trained, as safetensors and JSON; saved whole, loaded strictly."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ticktune.base import BaseFiles, fingerprint, fingerprint_in_memory
+from ticktune.errors import BaseModelError, CheckpointError, PatchError
+from ticktune.files import new_directory, read_json, verify_directory, write_json, write_text
+from ticktune.patch.attach import (
+    Plan,
+    adapter_state,
+    attach_plan,
+    attachment_of,
+    base_state,
+    load_adapter_state,
+)
+from ticktune.report.card import adapter_card
+
+FORMAT = 1
+TENSORS = "adapter.safetensors"
+FACTS = "adapter.json"
+
+
+@dataclass
+class AdapterFacts:
+    """What an adapter says of itself; fields that its maker did not know are null.
+
+    Args:
+        format: Version of this format.
+        base: Name, commit and fingerprint of the base.
+        model_class: The transformers auto class that the adapter belongs to.
+        plan: Form and dim of the ticks, the layers that have one, the trained norms, the trained head.
+        task: Name, state, options and columns of the task.
+        training: Versions, seed, step, metrics, hashes of data and recipe.
+    """
+
+    base: dict[str, Any]
+    plan: dict[str, Any]
+    format: int = FORMAT
+    model_class: str | None = None
+    task: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def describe_adapter(
+    model: nn.Module,
+    base: dict[str, Any],
+    *,
+    model_class: str | None = None,
+    task: dict[str, Any] | None = None,
+) -> AdapterFacts:
+    """Collects the facts of an attached model.
+
+    Args:
+        model: With ticks.
+        base: Name, commit and fingerprint of the base.
+        model_class: The transformers auto class.
+        task: The task's facts.
+    """
+    return AdapterFacts(base, asdict(attachment_of(model).plan), model_class=model_class, task=task)
+
+
+def write_adapter(
+    directory: Path, tensors: dict[str, Tensor], facts: AdapterFacts, card: str, *, replace: bool = True
+) -> None:
+    """Writes an adapter folder as a whole.
+
+    Args:
+        directory: Where it shall stand.
+        tensors: From :func:`ticktune.patch.attach.adapter_state`.
+        facts: From :func:`describe_adapter`.
+        card: The text of README.md.
+        replace: Put an existing folder aside.
+
+    Raises:
+        ResourceError: The disk is full.
+        OutputError: The folder exists and ``replace`` is false.
+    """
+    from safetensors.torch import save_file
+
+    with new_directory(directory, replace=replace) as temporary:
+        whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        save_file(whole, temporary / TENSORS, metadata={"format": "pt"})
+        write_json(temporary / FACTS, asdict(facts))
+        write_text(temporary / "README.md", card)
+
+
+def read_facts(directory: Path) -> AdapterFacts:
+    """Verifies an adapter folder and reads its facts.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or from a newer version.
+    """
+    if not (directory / FACTS).is_file():
+        raise CheckpointError(f"there is no {FACTS} here: not an adapter", where=str(directory))
+    verify_directory(directory)
+    entries = read_json(directory / FACTS)
+    if entries.get("format") != FORMAT:
+        raise CheckpointError(
+            f"the adapter has the format {entries.get('format')}, this version reads {FORMAT}",
+            where=str(directory),
+        )
+    return AdapterFacts(**entries)
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Reads an adapter's tensors, float32."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(directory / TENSORS)
+    except SafetensorError as error:
+        raise CheckpointError(f"the file is damaged: {error}", where=str(directory / TENSORS)) from error
+
+
+def attach_adapter(model: nn.Module, directory: Path, facts: AdapterFacts) -> None:
+    """Attaches what the facts describe and loads the tensors, all of them and nothing else.
+
+    Raises:
+        CheckpointError: The adapter does not fit this model.
+    """
+    try:
+        attach_plan(model, Plan(**facts.plan))
+        load_adapter_state(model, read_tensors(directory))
+    except PatchError as error:
+        raise CheckpointError(
+            f"the adapter does not fit this model: {error}", where=str(directory)
+        ) from error
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Saves what was attached to a model and trained.
+
+    Args:
+        model: From :func:`ticktune.attach`.
+        directory: The adapter folder; an existing one is replaced as a whole.
+
+    Raises:
+        PatchError: The model has no ticks.
+        ResourceError: The disk is full.
+    """
+    facts = describe_adapter(model, _base_facts(model, attachment_of(model).plan.head))
+    write_adapter(Path(directory), adapter_state(model), facts, adapter_card(asdict(facts)))
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Puts a saved adapter on a freshly loaded base.
+
+    Args:
+        model: The same base that the adapter was trained on.
+        directory: The adapter folder.
+
+    Returns:
+        The same model, with the adapter attached.
+
+    Raises:
+        BaseModelError: It is another base.
+        CheckpointError: The adapter is damaged or does not fit.
+    """
+    path = Path(directory)
+    facts = read_facts(path)
+    check_base(facts, _base_facts(model, facts.plan["head"])["fingerprint"], str(directory))
+    attach_adapter(model, path, facts)
+    return model
+
+
+def check_base(facts: AdapterFacts, found: str, where: str) -> None:
+    """Refuses another base than the one that the adapter was trained on.
+
+    Raises:
+        BaseModelError: With both fingerprints.
+    """
+    expected = facts.base["fingerprint"]
+    if expected != found:
+        raise BaseModelError(
+            f"the adapter was trained on another base: {facts.base['name']} with the fingerprint "
+            f"{expected[:16]}…, found {found[:16]}…",
+            where=where,
+            fix="use the base that is recorded in adapter.json",
+        )
+
+
+def _base_facts(model: nn.Module, head: list[str]) -> dict[str, Any]:
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    directory = _files_of(name)
+    if directory is not None:
+        found = fingerprint(BaseFiles(name, directory), head=head)
+        return {
+            "name": Path(name).name if Path(name).is_dir() else name,
+            "commit": None,
+            "fingerprint": found,
+        }
+    tensors = {key: tensor for key, tensor in base_state(model).items() if key not in head}
+    return {"name": name, "commit": None, "fingerprint": fingerprint_in_memory(tensors)}
+
+
+def _files_of(name: str) -> Path | None:
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if name.count("/") <= 1 and not name.startswith((".", "/")):
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            return None
+        return Path(cached).parent if isinstance(cached, str) else None
+    return None

@@ -1,0 +1,392 @@
+"""The base: Hub id, directory or package:NAME -> a pretrained model and its tokenizer; fingerprint; safety checks."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ticktune.errors import BaseModelError, Problem
+from ticktune.files import input_path, sha256_json
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# Config entries that name this run's file layout or the writer's version, not the function.
+_VOLATILE_CONFIG = ("_name_or_path", "transformers_version")
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """Where a base's files lie.
+
+    Args:
+        name: What the recipe calls it.
+        directory: The folder with config.json and the safetensors.
+        commit: The Hub commit, or None.
+    """
+
+    name: str
+    directory: Path
+    commit: str | None = None
+
+
+def quiet_transformers() -> None:
+    """Turns off the progress bars and load reports of transformers and the Hub client in this process."""
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+
+
+def locate_base(model: str, *, revision: str | None = None, relative_to: Path = Path()) -> BaseFiles:
+    """Finds a base's files; downloads them when it is a Hub id.
+
+    Args:
+        model: ``package:NAME``, a directory, or a Hub id.
+        revision: Hub commit, tag or branch.
+        relative_to: Directory that a relative path starts from.
+
+    Raises:
+        BaseModelError: It is not there, or has no safetensors weights.
+    """
+    commit = None
+    if model.startswith("package:"):
+        directory = _package_directory(model.removeprefix("package:"))
+    elif input_path(model, relative_to).is_dir():
+        directory = input_path(model, relative_to)
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise BaseModelError("there is no such directory", where=f"base.model {model}")
+    else:
+        directory = _download(model, revision)
+        commit = directory.name
+    _check_files(model, directory)
+    return BaseFiles(model, directory, commit)
+
+
+def load_config(base: BaseFiles) -> Any:
+    """Returns the transformers config of a base.
+
+    Raises:
+        BaseModelError: It is damaged, unknown, or asks for code of its own.
+    """
+    from transformers import AutoConfig
+
+    entries = _read_config(base)
+    if "auto_map" in entries and "model_type" not in entries:
+        raise BaseModelError(
+            "this model needs code of its own, which is never run", where=f"base.model {base.name}"
+        )
+    try:
+        return AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BaseModelError(
+            f"its config cannot be used: {_first_line(error)}", where=f"base.model {base.name}"
+        ) from error
+
+
+def load_tokenizer(base: BaseFiles) -> Any:
+    """Returns the base's tokenizer; one without a pad token pads with its end or unknown token.
+
+    Raises:
+        BaseModelError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BaseModelError(
+            f"its tokenizer cannot be used: {_first_line(error)}", where=f"base.model {base.name}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise BaseModelError("its tokenizer has no token to pad with", where=f"base.model {base.name}")
+    return tokenizer
+
+
+def load_model(
+    base: BaseFiles,
+    auto_class: str,
+    *,
+    dtype: str = "auto",
+    config: dict[str, Any] | None = None,
+    seed: int = 42,
+) -> tuple[nn.Module, list[str]]:
+    """Loads a base under a task's model class.
+
+    Args:
+        base: Its files.
+        auto_class: Name of a transformers auto class, for example AutoModelForSequenceClassification.
+        dtype: ``auto`` (the checkpoint's own) or a torch dtype's name.
+        config: Config entries that differ from the checkpoint's, such as id2label.
+        seed: Seed of the values of parameters that the checkpoint lacks (a fresh head).
+
+    Returns:
+        The model in evaluation mode, and the names of the parameters that the checkpoint lacks or that do
+        not fit.
+
+    Raises:
+        BaseModelError: It cannot be loaded, has tensors without a place, or holds a value that is not finite.
+    """
+    import transformers
+
+    load_config(base)
+    torch.manual_seed(seed)
+    try:
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            base.directory,
+            dtype=_DTYPES.get(dtype, "auto"),
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **(config or {}),
+        )
+    except Exception as error:
+        raise BaseModelError(
+            f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}"
+        ) from error
+    layer_tensors = [k for k in info["unexpected_keys"] if any(part.isdigit() for part in k.split("."))]
+    if layer_tensors:
+        names = ", ".join(sorted(layer_tensors)[:5])
+        raise BaseModelError(
+            f"the checkpoint has tensors that a {type(model).__name__} has no place for: {names}",
+            where=f"base.model {base.name}",
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
+            raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
+    mismatched = [entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]]
+    fresh = sorted({*info["missing_keys"], *mismatched} & {name for name, _ in model.named_parameters()})
+    return model.eval(), fresh
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any, base: BaseFiles) -> None:
+    """Refuses a tokenizer whose ids the model has no embedding for.
+
+    Raises:
+        BaseModelError: Naming the first such token.
+    """
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        raise BaseModelError(
+            f"the tokenizer's token {beyond[0][1]!r} has the id {beyond[0][0]}, the model has {rows} embeddings",
+            where=f"base.model {base.name}",
+            fix="use the tokenizer that belongs to this model",
+        )
+
+
+def stored_dtype(base: BaseFiles) -> str:
+    """Returns the dtype that most of the checkpoint's values are stored in, as torch names it."""
+    sizes: dict[str, int] = {}
+    for file in weight_files(base):
+        for name, entry in read_header(file).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    largest = max(sizes, key=lambda name: sizes[name], default="F32")
+    return _SAFETENSORS_DTYPES.get(largest, "float32")
+
+
+def training_dtype(asked: str, base: BaseFiles, precision: str, device: str) -> str:
+    """Returns the dtype that ``base.dtype`` means under a precision and device type."""
+    if asked != "auto":
+        return asked
+    if precision == "bf16":
+        return "bfloat16"
+    own = stored_dtype(base)
+    return "float32" if device == "cpu" and own == "float16" else own
+
+
+def fingerprint(base: BaseFiles, *, head: Iterable[str] = ()) -> str:
+    """SHA-256 over the sorted (on-disk name, shape, SHA-256 of the bytes) of a base's tensors and its config.
+
+    Args:
+        base: Its files.
+        head: Names of trained head parameters, which do not count.
+    """
+    excluded = set(head)
+    digest = hashlib.sha256()
+    entries = []
+    for file in weight_files(base):
+        header = read_header(file)
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            for name, entry in header.items():
+                if name == "__metadata__" or name in excluded:
+                    continue
+                begin, end = entry["data_offsets"]
+                entries.append((name, entry["shape"], _sha256_range(stream, start + begin, end - begin)))
+    for entry in sorted(entries):
+        digest.update(json.dumps(entry).encode())
+    config = {key: value for key, value in _read_config(base).items() if key not in _VOLATILE_CONFIG}
+    digest.update(sha256_json(config).encode())
+    return digest.hexdigest()
+
+
+def fingerprint_in_memory(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the sorted (name, dtype, shape, bytes) of tensors in memory, for a model without files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        data = (
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
+        content = hashlib.sha256(data).hexdigest()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), content]).encode())
+    return digest.hexdigest()
+
+
+def weight_files(base: BaseFiles) -> list[Path]:
+    """Returns the safetensors files of a base, in order."""
+    index = base.directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [base.directory / name for name in names]
+    return [base.directory / "model.safetensors"]
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Returns the header of a safetensors file: name -> dtype, shape and data_offsets.
+
+    Raises:
+        BaseModelError: It is cut or damaged, or names a tensor twice.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(100_000_000, file.stat().st_size):
+                raise ValueError("the header is longer than the file")
+            header: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=_unique)
+        end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+        if 8 + length + end != file.stat().st_size:
+            raise ValueError("the file is not as long as its header says")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BaseModelError(f"the weights are damaged: {_first_line(error)}", where=str(file)) from error
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return dict(pairs)
+
+
+def _sha256_range(stream: Any, start: int, length: int) -> str:
+    digest = hashlib.sha256()
+    stream.seek(start)
+    while length > 0:
+        data = stream.read(min(length, 1 << 24))
+        if not data:
+            break
+        digest.update(data)
+        length -= len(data)
+    return digest.hexdigest()
+
+
+def _package_directory(package: str) -> Path:
+    where = f"base.model package:{package}"
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseModelError(
+            "there is no such Python package",
+            where=where,
+            fix=f"pip install {package.replace('_', '-')}",
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    found = sorted(
+        path.parent for path in root.rglob("config.json") if (path.parent / "model.safetensors").exists()
+    )
+    if len(found) != 1:
+        raise BaseModelError(
+            f"expected one folder with config.json and model.safetensors in it, found {len(found)}",
+            where=where,
+        )
+    return found[0]
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    where = f"base.model {model}"
+    try:
+        path = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=list(_HUB_FILES),
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise BaseModelError(f"the Hub does not have it: {_first_line(error)}", where=where) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise BaseModelError(
+            f"it is no directory here, and the Hub cannot be reached{offline}",
+            where=where,
+            fix="name a directory (./my-model), a package (package:NAME), or connect to the network",
+        ) from error
+    return Path(path)
+
+
+def _check_files(name: str, directory: Path) -> None:
+    where = f"base.model {name}"
+    if not (directory / "config.json").is_file():
+        raise BaseModelError("the directory has no config.json", where=where)
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise BaseModelError("the index of the weights is damaged", where=str(index)) from error
+        outside = [n for n in names if Path(n).name != n]
+        missing = [n for n in names if n not in outside and not (directory / n).is_file()]
+        if outside or missing:
+            raise BaseModelError(
+                [
+                    Problem(f"the index names {n}, which is not in the folder", where)
+                    for n in (*outside, *missing)
+                ]
+            )
+    elif not (directory / "model.safetensors").is_file():
+        pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
+        if pickles:
+            raise BaseModelError(
+                f"its weights are pickled ({pickles[0]}), which can run code when loaded",
+                where=where,
+                fix="convert them to safetensors",
+            )
+        raise BaseModelError("the directory has no model.safetensors", where=where)
+    for file in weight_files(BaseFiles(name, directory)):
+        read_header(file)
+
+
+def _read_config(base: BaseFiles) -> dict[str, Any]:
+    path = base.directory / "config.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseModelError(f"the config is damaged: {_first_line(error)}", where=str(path)) from error
+    if not isinstance(entries, dict):
+        raise BaseModelError("the config is not a JSON object", where=str(path))
+    return entries
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

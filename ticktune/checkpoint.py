@@ -1,0 +1,190 @@
+"""Training states on disk: save, verify, find the newest, restore. Takes no part in the loop."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ticktune.console import Console
+from ticktune.errors import CheckpointError
+from ticktune.files import new_directory, read_json, verify_directory, write_json
+from ticktune.patch.attach import adapter_parameters, adapter_state, load_adapter_state
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class Progress:
+    """What a run remembers besides tensors.
+
+    Args:
+        step: Optimizer steps done.
+        best_step: Step of the best evaluation, or None.
+        best_score: Its score.
+        bad_evaluations: Evaluations since then.
+        skipped: Steps that fp16 skipped.
+        seconds: Time spent training, over all starts.
+        rows: Rows that were trained on.
+        history: Every evaluation: {"step": …, "split": …, "metrics": {…}}.
+    """
+
+    step: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+    bad_evaluations: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_checkpoint(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
+    best: dict[str, Tensor] | None,
+    *,
+    keep: int,
+) -> Path:
+    """Writes ``directory/step-00000400`` as a whole, verifies it, and retires the oldest.
+
+    Args:
+        directory: The run's checkpoints folder.
+        model: With ticks.
+        optimizer: Its state is saved by parameter key.
+        scaler: Its state is saved when it is active.
+        progress: See there.
+        best: The best adapter's tensors so far, if any.
+        keep: How many of the newest stay.
+
+    Raises:
+        ResourceError: The disk is full.
+        CheckpointError: What was written does not read back.
+    """
+    from safetensors.torch import save_file
+
+    target = directory / f"step-{progress.step:08d}"
+    with new_directory(target, replace=True) as temporary:
+        save_file(_on_cpu(adapter_state(model)), temporary / "adapter.safetensors")
+        save_file(_on_cpu(_optimizer_tensors(model, optimizer)), temporary / "optimizer.safetensors")
+        if best is not None:
+            save_file(_on_cpu(best), temporary / "best.safetensors")
+        write_json(
+            temporary / "state.json",
+            {
+                "format": FORMAT,
+                "progress": asdict(progress),
+                "scaler": scaler.state_dict(),
+                "threads": torch.get_num_threads(),
+            },
+        )
+    verify_directory(target)
+    for old in find_checkpoints(directory)[keep:]:
+        _remove(old)
+    return target
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """Returns the checkpoints in a folder, the newest step first; none is opened."""
+    found = [
+        (int(match[1]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_valid(directory: Path) -> Path | None:
+    """Returns the newest checkpoint that verifies; a damaged one is put aside as ``damaged-…`` with a warning.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all are damaged.
+    """
+    found = find_checkpoints(directory)
+    for path in found:
+        try:
+            verify_directory(path)
+        except CheckpointError as error:
+            aside = path.with_name(f"damaged-{path.name}")
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = path.with_name(f"damaged-{path.name}-{number}")
+            path.rename(aside)
+            Console().warn(f"{error}; put aside as {aside.name}, an older checkpoint is used")
+            continue
+        return path
+    if found:
+        raise CheckpointError(
+            "all checkpoints are damaged",
+            where=str(directory),
+            fix="start again with: ticktune train --restart",
+        )
+    return None
+
+
+def restore_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[Progress, dict[str, Tensor] | None]:
+    """Puts a verified checkpoint back.
+
+    Returns:
+        The progress, and the best adapter's tensors so far, if any.
+
+    Raises:
+        CheckpointError: It is from a newer version, or does not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    state = read_json(path / "state.json")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint has the format {state.get('format')}, this version reads {FORMAT}",
+            where=str(path),
+        )
+    load_adapter_state(model, load_file(path / "adapter.safetensors"))
+    _restore_optimizer(path, model, optimizer, load_file(path / "optimizer.safetensors"))
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    if state["threads"] != torch.get_num_threads():
+        Console().warn(
+            f"the checkpoint was made with {state['threads']} threads, now there are {torch.get_num_threads()}: "
+            "the result will not be bitwise the same"
+        )
+    best = path / "best.safetensors"
+    return Progress(**state["progress"]), load_file(best) if best.exists() else None
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for key, _, parameter in adapter_parameters(model):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}#{name}"] = value
+    return tensors
+
+
+def _restore_optimizer(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    parameters = {key: parameter for key, _, parameter in adapter_parameters(model)}
+    for name, tensor in tensors.items():
+        key, _, kind = name.rpartition("#")
+        if key not in parameters:
+            raise CheckpointError(f"the optimizer state {name} has no place in this model", where=str(path))
+        # AdamW keeps its step counter on the CPU.
+        device = "cpu" if kind == "step" else parameters[key].device
+        optimizer.state[parameters[key]][kind] = tensor.to(device)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,250 @@
+"""The command line: parse, call a verb (imported inside its command), print, exit code."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ticktune import __version__
+from ticktune.console import Console
+from ticktune.errors import TicktuneError, UsageError
+
+app = typer.Typer(
+    name="ticktune",
+    help="Fine-tune a Transformer by a few extra hidden units and norms, and merge them exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Split(StrEnum):
+    """A split of the data."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+class Dtype(StrEnum):
+    """How merged weights are stored."""
+
+    base = "base"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN|RECIPE|DIR]",
+        help="A run, its recipe, an adapter or a merged folder; default: the newest complete run under ./runs.",
+    ),
+]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="The base model, where the recorded one is not found.")
+]
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Results as one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Global flags; they stand before the command."""
+    context.obj = {"console": Console(quiet=quiet, as_json=as_json), "debug": debug}
+    if version:
+        context.obj["console"].text(f"ticktune {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override any key, e.g. ticks.dim=32.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what the run folder holds and start over.")
+    ] = False,
+) -> None:
+    """Train a recipe; the same command again resumes an interrupted run."""
+    from ticktune import run
+
+    run.train(recipe, overrides or [], context.obj["console"], restart=restart)
+
+
+@app.command("eval")
+def evaluate(
+    context: typer.Context,
+    target: Target = None,
+    split: Annotated[Split | None, typer.Option("--split", help="Default: test, else validation.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A file with answers, instead of a split.")
+    ] = None,
+    minimum: Annotated[
+        list[str] | None,
+        typer.Option("--min", metavar="METRIC=VALUE", help="Exit 9 when the metric is below."),
+    ] = None,
+    maximum: Annotated[
+        list[str] | None,
+        typer.Option("--max", metavar="METRIC=VALUE", help="Exit 9 when the metric is above."),
+    ] = None,
+    base: BaseOption = None,
+) -> None:
+    """Print the metrics of a run, an adapter or a merged folder."""
+    from ticktune import run
+
+    run.evaluate(
+        target,
+        context.obj["console"],
+        split=split.value if split else None,
+        data=data,
+        base=base,
+        minimums=minimum or [],
+        maximums=maximum or [],
+    )
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN] [TEXT…|FILE|-]",
+            help="Perhaps a run; then texts, a file (txt: one example a line), or - for standard input.",
+        ),
+    ] = None,
+    base: BaseOption = None,
+) -> None:
+    """Print one prediction a row; JSON lines when piped."""
+    from ticktune import run
+
+    run.predict_rows(words or [], context.obj["console"], lines=_standard_input, base=base)
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    target: Target = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Build the ticks into the base's weights: a stock checkpoint.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write; default with --merge: RUN/merged.")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="Of the merged weights; base: as the base's files.")
+    ] = Dtype.base,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    base: BaseOption = None,
+) -> None:
+    """Write adapter-only or merged safetensors, verified by reloading."""
+    from ticktune import run
+
+    run.export(
+        target, context.obj["console"], merge=merge, output=output, dtype=dtype.value, force=force, base=base
+    )
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe, or a Hub id, directory or package:NAME.",
+            show_default=False,
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override any key of a recipe.")
+    ] = None,
+) -> None:
+    """Show what would be ticked and trained, whether it merges, and one decoded example; writes nothing."""
+    from ticktune import inspect as inspection
+
+    inspection.inspect(target, overrides or [], context.obj["console"])
+
+
+@app.command()
+def schema(context: typer.Context) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    import json
+
+    from ticktune.recipe.schema import json_schema
+
+    context.obj["console"].text(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+def entry(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        arguments: The command line without the program's name; None: the process's own.
+    """
+    words = _flags_first(sys.argv[1:] if arguments is None else arguments)
+    console, debug = Console(quiet="--quiet" in words), "--debug" in words
+    try:
+        result = app(words, standalone_mode=False, prog_name="ticktune")
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except TicktuneError as error:
+        if debug:
+            console.traceback()
+        console.error(error)
+        return error.exit_code
+    except typer.Exit as done:
+        return int(done.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        # The reader of our pipe is gone; nothing more can be said to it, nor at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 141
+    except Exception as error:  # noqa: BLE001 - the last net: a traceback is for --debug only
+        return _unexpected(error, console, debug)
+
+
+def _unexpected(error: Exception, console: Console, debug: bool) -> int:
+    format_message = getattr(error, "format_message", None)  # the usage errors of typer
+    if format_message is not None:
+        console.error(UsageError(str(format_message()), fix="see ticktune --help"))
+        return 2
+    if debug:
+        console.traceback()
+    summary = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    bug = TicktuneError(
+        f"this is a bug in ticktune: {summary}", fix="run it again with --debug and report what it prints"
+    )
+    bug.kind = "internal"  # type: ignore[misc]
+    console.error(bug)
+    return 1
+
+
+def _flags_first(words: list[str]) -> list[str]:
+    """Moves the global flags to the front: people write them after the command too."""
+    end = words.index("--") if "--" in words else len(words)
+    flags = [w for w in words[:end] if w in ("--debug", "--json", "--quiet", "-q")]
+    rest = [w for w in words[:end] if w not in ("--debug", "--json", "--quiet", "-q")]
+    return flags + rest + words[end:]
+
+
+def _standard_input() -> str:
+    return sys.stdin.read()
+
+
+def program() -> None:
+    """The console script."""
+    sys.exit(entry())

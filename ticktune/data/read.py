@@ -1,0 +1,405 @@
+"""Files and Hub sets -> rows with the task's columns; every row knows its file and line."""
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ticktune.errors import DataError
+from ticktune.files import input_path
+from ticktune.recipe.schema import Source
+from ticktune.registry import TaskRow
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_MAX_LINE = 64 * 1024 * 1024  # bytes; one longer line is a file that is not JSON Lines
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one split, with the task's columns only.
+
+    Args:
+        dataset: One column for each of the task's columns that the rows have.
+        lines: The line in the file where each row starts, from 1.
+        source: The file, or the Hub set, as the recipe calls it.
+        sha256: Of the file's bytes, or of the values where there is no file.
+    """
+
+    dataset: "Dataset"
+    lines: list[int]
+    source: str
+    sha256: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The task's columns."""
+        return tuple(self.dataset.column_names)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def where(self, row: int) -> str:
+        """``file:line`` of a row."""
+        return f"{self.source}:{self.lines[row]}"
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """All rows as dicts."""
+        return self.dataset.to_list()
+
+    def select(self, numbers: Sequence[int]) -> "Rows":
+        """The rows with these numbers, in this order."""
+        return Rows(self.dataset.select(numbers), [self.lines[i] for i in numbers], self.source, self.sha256)
+
+
+def read_rows(
+    source: Source,
+    task: TaskRow,
+    columns: dict[str, str],
+    *,
+    relative_to: Path = Path(),
+    split: str = "train",
+    whole_text: bool = False,
+    labelled: bool = True,
+    poll: Callable[[], None] = lambda: None,
+) -> Rows:
+    """Reads one split.
+
+    Args:
+        source: Its section of the recipe.
+        task: The task's row in the registry.
+        columns: Task column -> file column or template; empty: the file's columns have the task's names.
+        relative_to: Directory that a relative path starts from.
+        split: Default split of a Hub set.
+        whole_text: Whether a txt file is one row; else each line is.
+        labelled: Whether the columns that hold the answer must be there.
+        poll: Called now and then, so that a signal is noticed.
+
+    Raises:
+        DataError: The file is missing, damaged, or lacks a column or value.
+    """
+    if source.hub is not None:
+        name, records, digest = source.hub, _read_hub(source, split), ""
+    else:
+        assert source.path is not None
+        path = input_path(source.path, relative_to)
+        name = str(path)
+        digest = _sha256(path)
+        records = _read_file(path, whole_text)
+    return build_rows(records, task, columns, name, digest, limit=source.limit, labelled=labelled, poll=poll)
+
+
+def build_rows(
+    records: Iterable[tuple[int, dict[str, Any]]],
+    task: TaskRow,
+    columns: dict[str, str],
+    name: str,
+    digest: str = "",
+    *,
+    limit: int | None = None,
+    labelled: bool = True,
+    poll: Callable[[], None] = lambda: None,
+) -> Rows:
+    """Keeps the task's columns of records; see :func:`read_rows`."""
+    import datasets
+    import pyarrow
+
+    datasets.disable_progress_bars()
+    lines: list[int] = []
+    values: dict[str, list[Any]] = {}
+    templates: dict[str, str] = {}
+    for line, record in records:
+        if limit is not None and len(lines) >= limit:
+            break
+        if not lines:
+            templates = _templates(task, columns, record, f"{name}:{line}", labelled)
+            values = {column: [] for column in templates}
+        for column, template in templates.items():
+            values[column].append(_value(template, record, column, task, f"{name}:{line}"))
+        lines.append(line)
+        if len(lines) % 4096 == 0:
+            poll()
+    if not lines:
+        raise DataError("there are no rows", where=name)
+    try:
+        dataset = datasets.Dataset.from_dict(values)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        column, i, j = _mixed(values)
+        raise DataError(
+            f"the column {column} has values of several kinds: {values[column][i]!r} here, "
+            f"{values[column][j]!r} in line {lines[j]}",
+            where=f"{name}:{lines[i]}",
+            fix="write all of them in one way",
+        ) from error
+    return Rows(dataset, lines, name, digest or hashlib.sha256(repr(values).encode()).hexdigest())
+
+
+def _templates(
+    task: TaskRow, columns: dict[str, str], record: dict[str, Any], where: str, labelled: bool
+) -> dict[str, str]:
+    known = frozenset().union(*task.columns) | task.optional_columns
+    if not columns:
+        columns = {name: name for name in known if name in record}
+    answers = task.label_columns
+    fits = [s for s in task.columns if (s if labelled else s - answers) <= columns.keys()]
+    if not fits:
+        sets = " or ".join("+".join(sorted(s)) for s in task.columns)
+        raise DataError(
+            f"expected the columns {sets}, found {', '.join(map(str, record)) or 'none'}",
+            where=where,
+            fix="say which is which, for example data.columns: {text: sentence, label: label}",
+        )
+    chosen = {}
+    for name, template in columns.items():
+        fields = _FIELD.findall(template) or [template]
+        missing = [f for f in fields if f not in record]
+        if missing and name in answers and not labelled:
+            continue
+        if missing:
+            near = difflib.get_close_matches(missing[0], [str(key) for key in record], 1, cutoff=0.5)
+            raise DataError(
+                f"there is no column {missing[0]} (data.columns.{name}); found {', '.join(map(str, record))}",
+                where=where,
+                fix=f"did you mean {near[0]}?" if near else "",
+            )
+        if name in fits[0] | task.optional_columns:
+            chosen[name] = template
+    return chosen
+
+
+def _value(template: str, record: dict[str, Any], column: str, task: TaskRow, where: str) -> Any:
+    fields = _FIELD.findall(template)
+    for field in fields or [template]:
+        if field not in record:
+            raise DataError(f"the column {field} is missing in this row", where=where)
+    if fields:
+        return _FIELD.sub(lambda m: _text(record[m[1]], m[1], where), template)
+    value = record[template]
+    if column in task.label_columns and column != "response":
+        return value
+    if isinstance(value, list | dict):
+        return value
+    return _text(value, template, where)
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if value is None or isinstance(value, list | dict):
+        raise DataError(
+            f"expected text in the column {column}, found {'nothing' if value is None else value!r}",
+            where=where,
+        )
+    return str(value)
+
+
+def _mixed(values: dict[str, list[Any]]) -> tuple[str, int, int]:
+    for column, items in values.items():
+        for i, item in enumerate(items):
+            if type(item) is not type(items[0]):
+                return column, 0, i
+    column = next(iter(values))
+    return column, 0, 0
+
+
+def _read_file(path: Path, whole_text: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    suffix = path.suffix.lower()
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".json": _read_json,
+        ".csv": lambda p: _read_csv(p, ","),
+        ".tsv": lambda p: _read_csv(p, "\t"),
+        ".txt": lambda p: _read_txt(p, whole_text),
+        ".parquet": _read_parquet,
+    }
+    if suffix not in readers:
+        raise DataError(
+            f"files ending in {suffix or 'nothing'} are not read",
+            where=str(path),
+            fix=f"use one of {', '.join(readers)}",
+        )
+    return readers[suffix](path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, _record(_json(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    document = _json(_text_of(path), str(path))
+    if not isinstance(document, list):
+        raise DataError(
+            "expected a list of objects", where=str(path), fix="one object a line belongs into a .jsonl file"
+        )
+    for number, item in enumerate(document, start=1):
+        yield number, _record(item, f"{path}:{number}")
+
+
+def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line = 1
+    try:
+        for cells in reader:
+            start, line = line, reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                twice = {name for name in header if header.count(name) > 1}
+                if twice:
+                    raise DataError(
+                        f"the column {sorted(twice)[0]} stands twice in the header", where=f"{path}:1"
+                    )
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"expected {len(header)} cells as in the header, found {len(cells)}",
+                    where=f"{path}:{start}",
+                    fix="put text that holds the separator in double quotes",
+                )
+            yield start, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(f"this is not CSV: {error}", where=f"{path}:{line}") from error
+
+
+def _read_txt(path: Path, whole: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    if whole:
+        text = _text_of(path)
+        if text.strip():
+            yield 1, {"text": text}
+        return
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, {"text": line}
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches(1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"this is not parquet: {error}", where=str(path)) from error
+
+
+def _read_hub(source: Source, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.load_dataset(
+            source.hub, source.config, split=source.split or split, revision=source.revision
+        )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the Hub set cannot be read: {reason}", where=f"hub {source.hub}") from error
+    for number, record in enumerate(dataset, start=1):
+        yield number, record
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    # Split on \n alone: U+2028 and its like may stand inside a JSON string.
+    with _open(path) as file:
+        offset = 0
+        for number in range(1, 2**62):
+            data = file.readline(_MAX_LINE + 1)
+            if not data:
+                return
+            if len(data) > _MAX_LINE:
+                raise DataError(f"the line is longer than {_MAX_LINE >> 20} MiB", where=f"{path}:{number}")
+            if number == 1:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            yield number, _decode(data, f"{path}:{number}", offset).rstrip("\r\n")
+            offset += len(data)
+
+
+def _text_of(path: Path) -> str:
+    with _open(path) as file:
+        return _decode(file.read().removeprefix(b"\xef\xbb\xbf"), str(path), 0)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, 1)
+        return DataError(
+            "there is no such file",
+            where=str(path),
+            fix=f"did you mean {path.parent / near[0]}?" if near else "",
+        )
+    return DataError(f"cannot be read: {error.strerror}", where=str(path))
+
+
+def _decode(data: bytes, where: str, offset: int) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {offset + error.start} is not UTF-8", where=where, fix="save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise DataError(f"byte {offset + text.index(chr(0))} is NUL: not a text file", where=where)
+    return text
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise DataError("the JSON is nested too deeply", where=where) from None
+    except ValueError as error:
+        raise DataError(f"this is not JSON: {error}", where=where) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the key {name!r} stands twice")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _record(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"expected an object with columns, found {type(value).__name__}", where=where)
+    for key, item in value.items():
+        if isinstance(item, str) and any(0xD800 <= ord(c) <= 0xDFFF for c in item):
+            raise DataError(
+                f"the column {key} holds half of a surrogate pair, which is not text", where=where
+            )
+    return value

@@ -1,0 +1,125 @@
+"""Device, precision, threads and seeds: what the hardware can do, decided once and said."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ticktune.errors import RecipeError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which arithmetic a model runs.
+
+    Args:
+        device: The device of the model and its batches.
+        precision: ``fp32``: plain; ``bf16``, ``fp16``: matrix products under ``torch.autocast``.
+    """
+
+    device: torch.device
+    precision: Precision
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context for forward passes."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """A gradient scaler, active under fp16 only."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def put(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the batch with its tensors on the device."""
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+
+def choose_compute(device: str, precision: str) -> Compute:
+    """Turns the recipe's ``training.device`` and ``training.precision`` into a :class:`Compute`.
+
+    Args:
+        device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``auto`` (bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU), ``fp32``,
+            ``bf16`` or ``fp16``.
+
+    Raises:
+        RecipeError: The device is not there, or it cannot do the precision.
+    """
+    where = "training.device"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise RecipeError(
+                f"{device} is not there: this machine has {count} CUDA devices",
+                where=where,
+                fix="use training.device=cpu, or auto",
+            )
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        can: dict[str, bool] = {"fp32": True, "bf16": has_bf16, "fp16": True}
+        best: Precision = "bf16" if has_bf16 else "fp16"
+    else:
+        has_bf16 = cpu_has_bf16()
+        can = {"fp32": True, "bf16": has_bf16, "fp16": False}
+        best = "bf16" if has_bf16 else "fp32"
+    if precision == "auto":
+        return Compute(chosen, best)
+    if not can[precision]:
+        names = ", ".join(name for name, possible in can.items() if possible)
+        reason = "has no native bfloat16 arithmetic" if precision == "bf16" else "has no float16 arithmetic"
+        raise RecipeError(
+            f"{precision} is not possible: this {'GPU' if chosen.type == 'cuda' else 'CPU'} {reason}",
+            where="training.precision",
+            fix=f"use one of: {names}, or auto",
+        )
+    return Compute(chosen, precision)  # type: ignore[arg-type]
+
+
+def cpu_has_bf16() -> bool:
+    """Returns whether this CPU multiplies bfloat16 natively (AVX512-BF16, AMX, or Arm's BF16)."""
+    facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if facts:
+        return any(facts.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch < 2.12
+    return bool(probe()) if probe else False
+
+
+def mix(*numbers: int | str) -> int:
+    """A 63-bit seed from several numbers: a pure function, so nothing has to be stored to resume."""
+    text = ":".join(str(number) for number in numbers)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def describe(compute: Compute) -> dict[str, Any]:
+    """Facts of the machine for the run record."""
+    name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else _cpu_name()
+    return {
+        "device": str(compute.device),
+        "name": name,
+        "precision": compute.precision,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    import platform
+    from pathlib import Path
+
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

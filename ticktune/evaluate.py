@@ -1,0 +1,100 @@
+"""Predictions of rows, and scores: metrics(predictions)."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ticktune.data.batches import sorted_batches
+from ticktune.data.encode import Encoded
+from ticktune.device import Compute
+from ticktune.tasks.task import Batch, Task
+
+
+def score(
+    model: nn.Module,
+    task: Task,
+    examples: Encoded,
+    compute: Compute,
+    batch_size: int,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Computes a task's metrics over all examples, each exactly once.
+
+    The model's training mode is restored, and no random number is drawn.
+
+    Args:
+        model: With or without ticks.
+        task: Gives forward and metrics.
+        examples: Of rows with answers.
+        compute: Device and precision.
+        batch_size: Examples in a forward pass.
+        poll: Called before each batch, so that a signal is noticed.
+
+    Returns:
+        Metric name -> value; a metric that is not defined on these rows is NaN.
+    """
+    metrics = task.metrics().to(compute.device)
+    with _frozen(model):
+        for numbers in sorted_batches(examples.lengths, batch_size):
+            poll()
+            batch = compute.put(task.collate(examples.take(numbers)))
+            with compute.autocast():
+                outputs = task.forward(model, batch)
+            task.update(metrics, outputs, batch)
+    return compute_metrics(metrics)
+
+
+def compute_metrics(metrics: Any) -> dict[str, float]:
+    """Computes a task's metrics; seven digits are kept, which is what float32 holds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchmetrics warns where a class is absent
+        return {name: float(f"{float(metric.compute()):.7g}") for name, metric in metrics.items()}
+
+
+def predict(
+    model: nn.Module, task: Task, examples: Encoded, compute: Compute, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Yields one prediction for each example, in the order of the rows.
+
+    Args as :func:`score`; the rows need no answers.
+    """
+    answers: dict[int, dict[str, Any]] = {}
+    with _frozen(model):
+        for numbers in sorted_batches(examples.lengths, batch_size):
+            batch = compute.put(task.collate(examples.take(numbers)))
+            with compute.autocast():
+                found = task.predict(model, batch)
+            answers |= dict(zip(numbers, found, strict=True))
+    for number in range(len(examples)):
+        yield answers[number]
+
+
+def logits_of(model: nn.Module, task: Task, batches: list[Batch], compute: Compute) -> list[torch.Tensor]:
+    """Returns the logits of each batch, float32 or wider, on the CPU."""
+    with _frozen(model):
+        return [task.forward(model, compute.put(batch)).logits.cpu() for batch in batches]
+
+
+def is_better(value: float, than: float | None, more_is_better: bool) -> bool:
+    """Whether a score is strictly better; NaN never is."""
+    if math.isnan(value):
+        return False
+    return than is None or (value > than if more_is_better else value < than)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,175 @@
+"""Writes a merged folder: widened, verified, cast, and only then put in its place."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ticktune.adapter import AdapterFacts
+from ticktune.errors import ExportError
+from ticktune.export.verify import Decide, Verification, compare, stock_logits
+from ticktune.export.widen import widen
+from ticktune.files import new_directory, read_json, verify_directory, write_json, write_text
+from ticktune.patch.attach import Plan
+from ticktune.report.card import merged_card
+
+FACTS = "ticktune.json"
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the merged folder is compared on.
+
+    Args:
+        batches: Keyword arguments of the model, on the CPU.
+        masks: Which positions of each batch count; None: all.
+        ours: Logits of base + adapter on them.
+        base: Logits of the base with the adapter's head.
+        decide: The task's decisions.
+        metrics: Logits of all batches -> the task's metrics; empty where there are no answers.
+    """
+
+    batches: Sequence[dict[str, Tensor]]
+    masks: Sequence[Tensor | None]
+    ours: Sequence[Tensor]
+    base: Sequence[Tensor]
+    decide: Decide
+    metrics: Callable[[Sequence[Tensor]], dict[str, float]]
+
+
+def write_merged(
+    target: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    tensors: dict[str, Tensor],
+    facts: AdapterFacts,
+    evidence: Evidence,
+    *,
+    dtype: str,
+    adapter_sha256: str,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Merges, verifies, and writes a folder that stock transformers opens.
+
+    Merging and verifying happen in float32; the cast comes last, and what it costs is reported.
+
+    Args:
+        target: The folder; it appears as a whole, or not at all.
+        model: The stock base under the adapter's class, float32, label map in its config. It is used up.
+        tokenizer: Saved beside the weights; None: nothing is.
+        tensors: The adapter's tensors.
+        facts: The adapter's facts.
+        evidence: What to compare on.
+        dtype: Of the saved weights.
+        adapter_sha256: Recorded, to recognise the same export again.
+        replace: Whether an existing folder is put aside.
+
+    Returns:
+        What ``ticktune.json`` in the folder says.
+
+    Raises:
+        ExportError: The architecture cannot hold it, or the comparison failed; no folder is left.
+        OutputError: The folder exists and ``replace`` is false.
+    """
+    plan = Plan(**facts.plan)
+    auto_class = facts.model_class or type(model).__name__
+    _refuse_not_finite(tensors)
+    with (
+        tempfile.TemporaryDirectory(prefix="ticktune-") as name,
+        new_directory(target, replace=replace) as temporary,
+    ):
+        control, whole = Path(name) / "control", Path(name) / "merged"
+        _put_head(model, plan, tensors)
+        _save(model, control)
+        widths = widen(model, plan, tensors)
+        final = temporary if dtype == "float32" else whole
+        _save(model, final)
+        reloaded, merged = stock_logits(
+            [(control, auto_class, "float32"), (final, auto_class, "float32")], evidence.batches
+        )
+        found = compare(evidence.ours, merged, evidence.base, reloaded, evidence.masks, evidence.decide)
+        cast: dict[str, Any] = {}
+        if dtype != "float32":
+            model.to(_DTYPES[dtype])
+            _save(model, temporary)
+            [cast_logits] = stock_logits([(temporary, auto_class, "auto")], evidence.batches)
+            cast = _drift(evidence, merged, cast_logits, dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        document = {
+            "format": 1,
+            "adapter_sha256": adapter_sha256,
+            "dtype": dtype,
+            "widths": widths,
+            "verification": asdict(found),
+            "cast": cast,
+            "adapter": asdict(facts),
+        }
+        write_json(temporary / FACTS, document)
+        write_text(temporary / "README.md", merged_card(asdict(facts), dict(found.lines())))
+    return document
+
+
+def existing_export(target: Path, adapter_sha256: str, dtype: str) -> dict[str, Any] | None:
+    """Returns what an existing folder says of itself when it is a verified export of the same adapter.
+
+    Raises:
+        CheckpointError: It is one of ours, but damaged.
+    """
+    if not (target / FACTS).is_file():
+        return None
+    verify_directory(target)
+    document: dict[str, Any] = read_json(target / FACTS)
+    same = document.get("adapter_sha256") == adapter_sha256 and document.get("dtype") == dtype
+    return document if same else None
+
+
+def verification_of(document: dict[str, Any]) -> Verification:
+    """The comparison that a merged folder records."""
+    return Verification(**document["verification"])
+
+
+def _save(model: nn.Module, directory: Path) -> None:
+    model.save_pretrained(directory)  # type: ignore[operator]
+
+
+def _put_head(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name in plan.head:
+            model.get_parameter(name).copy_(tensors[f"head.{name}"])
+
+
+def _drift(
+    evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor], dtype: str
+) -> dict[str, Any]:
+    largest = max(float((a.float() - b.float()).abs().max()) for a, b in zip(before, after, strict=True))
+    total = changed = 0
+    for a, b, mask in zip(before, after, evidence.masks, strict=True):
+        mine, theirs = evidence.decide(a.float())[0], evidence.decide(b.float())[0]
+        counts = torch.ones_like(mine, dtype=torch.bool) if mask is None or mine.shape != mask.shape else mask
+        total += int(counts.sum())
+        changed += int(((mine != theirs) & counts).sum())
+    return {
+        "dtype": dtype,
+        "max_difference": largest,
+        "decisions": total,
+        "changed": changed,
+        "metrics_before": evidence.metrics(before),
+        "metrics_after": evidence.metrics(after),
+    }
+
+
+def _refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ExportError(f"the tensor {name} holds NaN or infinity")

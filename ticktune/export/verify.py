@@ -1,0 +1,203 @@
+"""Merged == base + adapter, proved by stock transformers in a fresh process."""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ticktune.errors import ExportError
+
+TOLERANCE = 1e-5
+_PROOF = 1000  # the ticks' effect must be so many times the tolerance, else equality proves nothing
+_SCRIPT = Path(__file__).with_name("stock_forward.py")
+
+Decide = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the comparison found.
+
+    Args:
+        rows: Rows compared.
+        max_difference: Largest difference of a logit between base + adapter here and the merged folder there.
+        tolerance: What it may be: 1e-5 x max(1, largest logit).
+        control_difference: The same for the unticked base, saved and reloaded.
+        effect: Largest change of a logit by ticks and norms.
+        is_conclusive: Whether the effect is at least 1000 x the tolerance.
+        decisions: Predictions compared.
+        changed: How many differ; only those closer than twice the largest difference may.
+        near_ties: How many are that close.
+    """
+
+    rows: int
+    max_difference: float
+    tolerance: float
+    control_difference: float
+    effect: float
+    is_conclusive: bool
+    decisions: int
+    changed: int
+    near_ties: int
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The findings for a person."""
+        equal = f"{self.decisions - self.changed}/{self.decisions}"
+        return [
+            ("rows compared", str(self.rows)),
+            ("max |Δ logit|, merged against base + adapter", f"{self.max_difference:.2e}"),
+            ("tolerance", f"{self.tolerance:.2e}"),
+            ("control: base saved and reloaded", f"{self.control_difference:.2e}"),
+            ("effect of ticks and norms", f"{self.effect:.3g}"),
+            ("equal predictions", f"{equal}, {self.near_ties} near ties"),
+        ]
+
+
+def stock_logits(
+    models: Sequence[tuple[Path, str, str]], batches: Sequence[dict[str, Tensor]]
+) -> list[list[Tensor]]:
+    """Runs stock transformers in a fresh process.
+
+    Args:
+        models: (folder, auto class, dtype name or ``auto``) of each model.
+        batches: Keyword arguments of each forward pass.
+
+    Returns:
+        For each model the logits of each batch.
+
+    Raises:
+        ExportError: A folder does not load, or not exactly: a tensor is missing, unexpected or misshaped.
+    """
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory(prefix="ticktune-") as name:
+        directory = Path(name)
+        inputs = {
+            f"{i}.{k}": v.contiguous().cpu() for i, batch in enumerate(batches) for k, v in batch.items()
+        }
+        save_file(inputs, directory / "inputs.safetensors")
+        request = {
+            "inputs": str(directory / "inputs.safetensors"),
+            "batches": len(batches),
+            "threads": torch.get_num_threads(),
+            "models": [
+                {
+                    "directory": str(folder),
+                    "auto_class": auto_class,
+                    "dtype": dtype,
+                    "outputs": str(directory / f"outputs-{i}.safetensors"),
+                }
+                for i, (folder, auto_class, dtype) in enumerate(models)
+            ],
+        }
+        (directory / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        # -P: the script's own folder stays off the import path.
+        done = subprocess.run(
+            [sys.executable, "-P", "-B", str(_SCRIPT), str(directory / "request.json")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode != 0 or len(lines) != len(models):
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ExportError(f"stock transformers cannot load and run the merged folder: {last}")
+        for (folder, _, _), line in zip(models, lines, strict=True):
+            check_loading(json.loads(line), folder)
+        return [
+            [outputs[str(i)] for i in range(len(batches))]
+            for outputs in (load_file(directory / f"outputs-{i}.safetensors") for i in range(len(models)))
+        ]
+
+
+def check_loading(found: dict[str, Any], folder: Path) -> None:
+    """Refuses a folder that transformers loaded with a remark: what is a warning there is an error here."""
+    if any(found.values()):
+        kind, names = next((kind, names) for kind, names in found.items() if names)
+        raise ExportError(
+            f"the folder does not load exactly: {kind} {', '.join(names[:5])}", where=str(folder)
+        )
+
+
+def compare(
+    ours: Sequence[Tensor],
+    merged: Sequence[Tensor],
+    base: Sequence[Tensor],
+    control: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    decide: Decide,
+    *,
+    tolerance: float = TOLERANCE,
+) -> Verification:
+    """Compares logits batch by batch.
+
+    Args:
+        ours: Of base + adapter in this process.
+        merged: Of the merged folder in the fresh process.
+        base: Of the base with the adapter's head, in this process.
+        control: Of the same, saved and reloaded in the fresh process.
+        masks: Which positions count, for logits by position; None: all.
+        decide: The task's decisions and their margins.
+        tolerance: Relative to max(1, largest logit).
+
+    Raises:
+        ExportError: A difference is over its tolerance, or a prediction changed that is no near tie.
+    """
+    difference = max(_distance(a, b, m) for a, b, m in zip(ours, merged, masks, strict=True))
+    scale = max(1.0, max(float(a.abs().max()) for a in ours))
+    allowed = tolerance * scale
+    control_difference = max(_distance(a, b, m) for a, b, m in zip(base, control, masks, strict=True))
+    effect = max(_distance(a, b, m) for a, b, m in zip(ours, base, masks, strict=True))
+    decisions = changed = ties = 0
+    for a, b, mask in zip(ours, merged, masks, strict=True):
+        (mine, margin), (theirs, _) = decide(a), decide(b)
+        counts = torch.ones_like(mine, dtype=torch.bool) if mask is None or mine.shape != mask.shape else mask
+        close = margin < 2 * difference
+        decisions += int(counts.sum())
+        changed += int(((mine != theirs) & counts).sum())
+        ties += int((close & counts).sum())
+        if bool(((mine != theirs) & counts & ~close).any()):
+            raise ExportError("a prediction of the merged folder differs from base + adapter")
+    found = Verification(
+        rows=sum(len(a) for a in ours),
+        max_difference=difference,
+        tolerance=allowed,
+        control_difference=control_difference,
+        effect=effect,
+        is_conclusive=effect >= _PROOF * allowed,
+        decisions=decisions,
+        changed=changed,
+        near_ties=ties,
+    )
+    if not control_difference <= allowed:
+        raise ExportError(
+            f"the unticked base differs by {control_difference:.2e} after saving and reloading (tolerance "
+            f"{allowed:.2e}): transformers does not keep this model"
+        )
+    if not difference <= allowed:
+        raise ExportError(
+            f"the merged folder differs from base + adapter by {difference:.2e}, tolerance {allowed:.2e}"
+        )
+    return found
+
+
+def _distance(a: Tensor, b: Tensor, mask: Tensor | None) -> float:
+    if a.shape != b.shape:
+        raise ExportError(
+            f"the merged folder's logits have the shape {tuple(b.shape)}, expected {tuple(a.shape)}"
+        )
+    delta = (a.double() - b.double()).abs()
+    if mask is not None and delta.shape[: mask.ndim] == mask.shape:
+        delta = delta[mask]
+    if not delta.numel():
+        return 0.0
+    largest = float(delta.max())
+    return math.inf if math.isnan(largest) else largest  # max() of Python would lose a NaN

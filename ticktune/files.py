@@ -1,0 +1,294 @@
+"""Files that are whole or absent: atomic writes, verified directories, locks."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ticktune.errors import CheckpointError, OutputError, RecipeError, ResourceError
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
+
+
+def input_path(text: str, relative_to: Path) -> Path:
+    """Turns a path from a recipe into one that can be opened.
+
+    Args:
+        text: May begin with ``~`` and hold ``${NAME}`` environment variables.
+        relative_to: Directory that a relative path starts from.
+
+    Raises:
+        RecipeError: A variable is not set.
+    """
+    expanded = os.path.expandvars(text)
+    unset = re.findall(r"\$\{?\w+\}?", expanded)
+    if unset:
+        raise RecipeError(
+            f"the environment variable {unset[0]} is not set", where=text, fix="set it, or write the path out"
+        )
+    return relative_to / Path(expanded).expanduser()
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Returns the SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file so that it holds the old text or the new one, never part of it.
+
+    Raises:
+        ResourceError: The disk is full or the directory cannot be written.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}")
+    with writing(path):
+        try:
+            with temporary.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _fsync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON with :func:`write_text`; NaN and infinity are written as null."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Appends one JSON object as a line."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of ours.
+
+    Raises:
+        CheckpointError: It is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("the file is missing", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the file is damaged: {error}", where=str(path)) from error
+
+
+@contextmanager
+def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A directory that appears at ``target`` as a whole, or not at all.
+
+    Yields a temporary directory beside ``target``. When the block ends without an error, every file in it
+    is flushed to disk, a manifest with the sizes and SHA-256 of all files is written last, and the
+    directory is renamed to ``target``. On an error it is removed.
+
+    Args:
+        target: Where the directory shall stand.
+        replace: Put an existing ``target`` aside first and remove it after the rename.
+
+    Raises:
+        OutputError: ``target`` exists and ``replace`` is false.
+        ResourceError: The disk is full or the parent cannot be written.
+    """
+    if target.exists() and not replace:
+        raise OutputError("it exists already", where=str(target))
+    temporary = target.parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    try:
+        with writing(target):
+            yield temporary
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            mode = 0o666 & ~_umask()
+            for file in files:
+                file.chmod(mode)  # safetensors leaves 0600, which another user cannot read
+                _fsync_file(file)
+            manifest = {
+                "files": {
+                    p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+                    for p in files
+                }
+            }
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            _fsync_file(temporary / MANIFEST)
+            _fsync_directory(temporary)
+            old = None
+            if target.exists():
+                old = target.parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
+                os.rename(target, old)
+            os.rename(temporary, target)
+            _fsync_directory(target.parent)
+            if old is not None:
+                shutil.rmtree(old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify_directory(directory: Path) -> None:
+    """Compares every file of a directory with its manifest.
+
+    Raises:
+        CheckpointError: The manifest is missing, or a file is missing, added, cut or changed.
+    """
+    manifest = read_json(directory / MANIFEST)
+    recorded = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(recorded, dict):
+        raise CheckpointError("the manifest is damaged", where=str(directory / MANIFEST))
+    for name, facts in recorded.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError("the file is missing", where=str(path))
+        if path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
+            raise CheckpointError("the file is damaged: its SHA-256 is not the recorded one", where=str(path))
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes the temporary files and directories that a killed process of ours left behind."""
+    for path in directory.glob(f"{_TEMPORARY}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Holds ``directory/.lock`` for the block; the kernel frees it when the process ends, however it ends.
+
+    Raises:
+        OutputError: Another process holds it.
+    """
+    import fcntl
+
+    path = directory / ".lock"
+    with writing(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise ResourceError(
+                    f"the directory cannot be locked: {error.strerror}",
+                    where=str(path),
+                    fix="put the output on a local disk",
+                ) from error
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise OutputError(
+                f"another process is working in this directory ({holder})",
+                where=str(directory),
+                fix="wait for it, stop it, or choose another output",
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the errors of a full or unwritable disk into one message.
+
+    Raises:
+        ResourceError: No space, no permission, or not a directory.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _os_error_number(str(error))
+        if number in _FULL:
+            free = shutil.disk_usage(_existing_parent(path)).free
+            raise ResourceError(
+                f"the disk is full ({free / 1e6:.1f} MB free)",
+                where=str(path),
+                fix="free some space and run the same command again: it goes on from the last checkpoint",
+            ) from error
+        if number in _UNWRITABLE:
+            raise ResourceError(f"cannot write here: {os.strerror(number)}", where=str(path)) from error
+        raise
+
+
+def check_writable(directory: Path) -> None:
+    """Creates ``directory`` and proves that a file can be written in it.
+
+    Raises:
+        ResourceError: It cannot.
+    """
+    probe = directory / f"{_TEMPORARY}{secrets.token_hex(6)}"
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with probe.open("x"):
+            probe.unlink()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _os_error_number(text: str) -> int | None:
+    _, found, rest = text.partition("os error ")
+    digits = rest.split(")")[0]
+    return int(digits) if found and digits.isdigit() else None
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _fsync_directory(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,451 @@
+"""Ticks and trained norms on one model instance: attach, detach, parameters by role."""
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ticktune.errors import PatchError
+from ticktune.patch.layout import Ffn, Layout, find_layout
+from ticktune.patch.norms import own_parameters, train_norm
+from ticktune.patch.ticks import Form, Tick
+
+Role = Literal["Q", "r", "P", "U", "norm", "head"]
+
+_RECORD = "_ticktune_attachment"
+# Slots of one role: a recipe names the role and means both.
+_SLOTS = {"attention": ("attention", "attention_post"), "ffn": ("ffn", "ffn_post")}
+_NOT_BY_DEFAULT = ("q", "k")
+# Parts inside the body that belong to the task, not to the pretrained function of the layers.
+_BODY_HEADS = ("pooler.*",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Exactly what is put on a model; an adapter records it.
+
+    Args:
+        form: Form of the ticks.
+        dim: Hidden units of each tick; 0 = none.
+        layers: Stack -> numbers of the layers that get a tick.
+        norms: Keys of the trained norms.
+        head: Names of the trained head parameters.
+    """
+
+    form: Form
+    dim: int
+    layers: dict[str, list[int]]
+    norms: list[str]
+    head: list[str]
+
+
+@dataclass
+class Attachment:
+    """What was put on a model, and how to undo it.
+
+    Args:
+        plan: What was asked for.
+        layout: The model's feed-forward blocks and norms.
+        ticks: ``stack.layer`` -> tick.
+        norms: Norm key -> module.
+        frozen_norms: Norm parameter key -> the base's own tensor.
+        frozen_head: Head parameter name -> the base's own tensor, in the base's dtype.
+        handles: Hooks to remove.
+        required_grad: Base parameters that required a gradient before.
+    """
+
+    plan: Plan
+    layout: Layout
+    ticks: dict[str, Tick] = field(default_factory=dict)
+    norms: dict[str, nn.Module] = field(default_factory=dict)
+    frozen_norms: dict[str, nn.Parameter] = field(default_factory=dict)
+    frozen_head: dict[str, nn.Parameter] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+    required_grad: list[str] = field(default_factory=list)
+
+
+def attach(
+    model: nn.Module,
+    dim: int = 64,
+    layers: Any = "all",
+    norms: Any = "all",
+    *,
+    form: str = "auto",
+    dropout: float = 0.0,
+    norm_layers: Any = "same",
+    head: Literal["auto"] | bool = "auto",
+    fresh: Iterable[str] = (),
+    seed: int = 42,
+) -> nn.Module:
+    """Freezes a model and puts ticks, trained norms and a trained head on this instance.
+
+    The function that the model computes does not change. Any torch loop can then train the parameters that
+    require gradients.
+
+    Args:
+        model: A transformers model.
+        dim: Hidden units of each tick; 0 = no ticks.
+        layers: Which layers get a tick: ``all``, ``none``, ``last:3``, ``first:2``, ``4-11``, a list of numbers,
+            or a dict of these by stack.
+        norms: ``all``, ``none``, or a list of roles (embedding, attention, cross_attention, ffn, final, q, k).
+        form: ``auto`` (plain on plain blocks, gated on gated ones), ``plain`` or ``gated``.
+        dropout: Dropout on the ticks' hidden units, in [0, 1).
+        norm_layers: ``same`` (as ``layers``) or a selection of its own.
+        head: ``auto``: the parameters in ``fresh`` and an existing classification or regression head;
+            True: the whole head; False: nothing.
+        fresh: Names of parameters that the checkpoint lacked.
+        seed: Seed of the ticks' initial values.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PatchError: The family is unknown, a layer or stack does not exist, or the form does not fit.
+    """
+    layout = find_layout(model)
+    chosen = select_layers(layers, layout.sizes)
+    has_ticks = dim > 0 and any(chosen.values())
+    plan = Plan(
+        form=choose_form(form, layout),
+        dim=dim if has_ticks else 0,
+        layers=chosen if has_ticks else {},
+        norms=select_norms(norms, norm_layers, layers, layout),
+        head=head_names(model, head, fresh),
+    )
+    return attach_plan(model, plan, dropout=dropout, seed=seed)
+
+
+def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int = 42) -> nn.Module:
+    """Puts exactly what a plan says on a model; see :func:`attach`.
+
+    Raises:
+        PatchError: The model has no place for it.
+    """
+    if attachment_of(model, missing_ok=True):
+        raise PatchError("this model has ticks already", fix="call ticktune.detach(model) first")
+    record = Attachment(plan, find_layout(model))
+    record.required_grad = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+
+    generator = torch.Generator().manual_seed(seed)
+    for ffn in record.layout.ffns:
+        if plan.dim and ffn.layer in plan.layers.get(ffn.stack, ()):
+            tick = _tick(ffn, plan.dim, plan.form, dropout, generator).train(model.training)
+            ffn.down.tick = tick
+            record.ticks[f"{ffn.stack}.{ffn.layer}"] = tick
+            record.handles += tick.attach(ffn.gate if ffn.gate is not None else ffn.up, ffn.down)
+
+    for key in plan.norms:
+        if key not in record.layout.norms:
+            raise PatchError(f"this model has no norm {key}")
+        norm = record.layout.norms[key]
+        record.frozen_norms |= {f"{key}.{name}": norm.get_parameter(name) for name in own_parameters(norm)}
+        record.handles += train_norm(norm)
+        record.norms[key] = norm
+
+    owners: dict[int, nn.Module] = {}
+    for name in plan.head:
+        owner, leaf = _owner(model, name)
+        frozen = owner.get_parameter(leaf)
+        record.frozen_head[name] = frozen
+        setattr(owner, leaf, nn.Parameter(frozen.detach().float().clone()))
+        owners[id(owner)] = owner
+    record.handles += [owner.register_forward_pre_hook(_in_own_dtype) for owner in owners.values()]
+
+    setattr(model, _RECORD, record)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Takes ticks, trained norms and head off again; the base's own tensors return, byte for byte."""
+    record = attachment_of(model)
+    for handle in record.handles:
+        handle.remove()
+    for ffn in record.layout.ffns:
+        if f"{ffn.stack}.{ffn.layer}" in record.ticks:
+            del ffn.down.tick
+    for key, tensor in record.frozen_norms.items():
+        norm_key, _, name = key.rpartition(".")
+        setattr(record.norms[norm_key], name, tensor)
+    for name, tensor in record.frozen_head.items():
+        owner, leaf = _owner(model, name)
+        setattr(owner, leaf, tensor)
+    for name in record.required_grad:
+        model.get_parameter(name).requires_grad_(True)
+    delattr(model, _RECORD)
+    return model
+
+
+def attachment_of(model: nn.Module, *, missing_ok: bool = False) -> Any:
+    """Returns the model's :class:`Attachment`.
+
+    Raises:
+        PatchError: It has none and ``missing_ok`` is false.
+    """
+    record = vars(model).get(_RECORD)
+    if record is None and not missing_ok:
+        raise PatchError("this model has no ticks", fix="call ticktune.attach(model) first")
+    return record
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, Role, nn.Parameter]]:
+    """Yields (key in the adapter file, role, parameter) of everything that is trained, in a fixed order."""
+    record = attachment_of(model)
+    for key, tick in record.ticks.items():
+        for role in ("Q", "r", "U", "P"):
+            parameter = getattr(tick, role)
+            if parameter is not None:
+                yield f"{key}.ffn.{role}", role, parameter
+    for key, norm in record.norms.items():
+        for name in own_parameters(norm):
+            yield f"{key}.{name}", "norm", norm.get_parameter(name)
+    for name in record.plan.head:
+        yield f"head.{name}", "head", model.get_parameter(name)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the trained tensors by their key in the adapter file, detached, not copied."""
+    return {key: parameter.detach() for key, _, parameter in adapter_parameters(model)}
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies tensors into the attached parameters, all of them and nothing else.
+
+    Raises:
+        PatchError: A tensor is missing, not expected, or of another shape or dtype.
+    """
+    parameters = {key: parameter for key, _, parameter in adapter_parameters(model)}
+    for key in sorted(parameters.keys() | state.keys()):
+        if key not in state:
+            raise PatchError(f"the tensor {key} is missing")
+        if key not in parameters:
+            raise PatchError(f"the tensor {key} has no place in this model")
+        if state[key].shape != parameters[key].shape:
+            raise PatchError(
+                f"the tensor {key} has the shape {tuple(state[key].shape)}, expected {tuple(parameters[key].shape)}"
+            )
+        if state[key].dtype != torch.float32:
+            raise PatchError(f"the tensor {key} is {state[key].dtype}, expected float32")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(state[key])
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the base's own parameters by name, without ticks and head, as they were before attaching."""
+    record = attachment_of(model, missing_ok=True)
+    frozen: dict[int, Tensor] = {}
+    if record:
+        for key, tensor in record.frozen_norms.items():
+            norm_key, _, name = key.rpartition(".")
+            frozen[id(record.norms[norm_key].get_parameter(name))] = tensor
+    ticks = {id(p) for tick in (record.ticks.values() if record else ()) for p in tick.parameters()}
+    head = set(record.plan.head) if record else set()
+    return {
+        name: frozen.get(id(parameter), parameter).detach()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in ticks and name not in head
+    }
+
+
+def set_training(model: nn.Module, training: bool, *, base_dropout: bool = True) -> None:
+    """Puts the model into training or evaluation mode.
+
+    Args:
+        model: With or without ticks.
+        training: Whether dropout acts.
+        base_dropout: With False the base stays in evaluation mode while the ticks train.
+    """
+    model.train(training and base_dropout)
+    record = attachment_of(model, missing_ok=True)
+    for tick in record.ticks.values() if record else ():
+        tick.train(training)
+
+
+def select_layers(selection: Any, sizes: dict[str, int]) -> dict[str, list[int]]:
+    """Turns a layer selection into layer numbers for each stack.
+
+    Args:
+        selection: ``all``, ``none``, ``last:3``, ``first:2``, ``4-11``, a list, or a dict of these by stack; a
+            stack that the dict leaves out gets none.
+        sizes: Stack name -> number of layers.
+
+    Raises:
+        PatchError: A stack or layer does not exist.
+    """
+    if isinstance(selection, dict):
+        for stack in selection:
+            if stack not in sizes:
+                raise PatchError(f"there is no stack {stack}", fix=f"this model has: {', '.join(sizes)}")
+        return {stack: _numbers(selection.get(stack, "none"), stack, size) for stack, size in sizes.items()}
+    return {stack: _numbers(selection, stack, size) for stack, size in sizes.items()}
+
+
+def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout) -> list[str]:
+    """Returns the keys of the norms to train, in the layout's order.
+
+    Args:
+        roles: ``all``, ``none`` or a list of roles; ``all`` leaves out q and k.
+        norm_layers: ``same`` or a selection as in :func:`select_layers`.
+        tick_layers: What ``same`` means; the embedding norm is then trained only when this is ``all``.
+        layout: The model's norms.
+
+    Raises:
+        PatchError: A layer does not exist, or the model has no norm of a named role.
+    """
+    if roles == "none":
+        return []
+    selection = tick_layers if norm_layers == "same" else norm_layers
+    chosen = select_layers(selection, layout.sizes)
+    if roles == "all":
+        wanted = None
+    else:
+        wanted = {slot for role in roles for slot in _SLOTS.get(role, (role,))}
+        present = {key.rsplit(".")[-1] for key in layout.norms}
+        for role in roles:
+            if not present & set(_SLOTS.get(role, (role,))):
+                raise PatchError(
+                    f"this model has no {role} norm", fix=f"it has: {', '.join(sorted(present))}"
+                )
+    keys = []
+    for key in layout.norms:
+        stack, *_, slot = key.split(".")
+        if slot in _NOT_BY_DEFAULT if wanted is None else slot not in wanted:
+            continue
+        if slot == "final":
+            keys.append(key)
+        elif slot == "embedding":
+            if selection == "all" or (isinstance(selection, dict) and selection.get(stack) == "all"):
+                keys.append(key)
+        elif int(key.split(".")[1]) in chosen[stack]:
+            keys.append(key)
+    return keys
+
+
+def choose_form(form: str, layout: Layout) -> Form:
+    """Returns the tick form: ``auto`` follows the model's own blocks.
+
+    Raises:
+        PatchError: Gated ticks were asked for on plain blocks.
+    """
+    is_gated = layout.ffns[0].is_gated
+    if form == "gated" and not is_gated:
+        raise PatchError(
+            "gated ticks need gated feed-forward blocks, and this model's are plain",
+            fix="set ticks.form: auto",
+        )
+    if form == "auto":
+        return "gated" if is_gated else "plain"
+    return "plain" if form == "plain" else "gated"
+
+
+def head_names(model: nn.Module, train: Literal["auto"] | bool, fresh: Iterable[str] = ()) -> list[str]:
+    """Returns the names of the head's parameters that are trained.
+
+    Args:
+        model: A transformers model.
+        train: ``auto``, True or False, as in :func:`attach`.
+        fresh: Names of parameters that the checkpoint lacked.
+
+    Raises:
+        PatchError: The checkpoint lacks parameters that are not part of a head, or True was asked for on a
+            model whose only head is a language-model head.
+    """
+    own = head_candidates(model)
+    for name in fresh:
+        if name not in own:
+            raise PatchError(
+                f"the checkpoint lacks the base parameter {name}: its values would be random",
+                fix="use a checkpoint of this architecture",
+            )
+    if train is False:
+        return []
+    if train is True and not own:
+        raise PatchError(
+            "this model has no task head; its language-model head is part of the base",
+            fix="set head.train: auto",
+        )
+    outside = set(_outside_body(model))
+    return [name for name in own if train is True or name in outside or name in set(fresh)]
+
+
+def head_candidates(model: nn.Module) -> list[str]:
+    """Returns the parameters that may be a task head: outside the body, or its pooler; no language-model head."""
+    body_prefix = _body_prefix(model)
+    inside = [
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(body_prefix)
+        and any(fnmatch.fnmatchcase(name.removeprefix(body_prefix), pattern) for pattern in _BODY_HEADS)
+    ]
+    return inside + _outside_body(model)
+
+
+def _outside_body(model: nn.Module) -> list[str]:
+    body_prefix = _body_prefix(model)
+    if not body_prefix or _has_language_head(model):
+        return []
+    return [name for name, _ in model.named_parameters() if not name.startswith(body_prefix)]
+
+
+def _body_prefix(model: nn.Module) -> str:
+    body = getattr(model, "base_model", model)
+    return "" if body is model else next(f"{name}." for name, child in model.named_modules() if child is body)
+
+
+def _has_language_head(model: nn.Module) -> bool:
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    return embeddings is not None
+
+
+def _tick(ffn: Ffn, dim: int, form: Form, dropout: float, generator: torch.Generator) -> Tick:
+    # A plain tick on a gated block has r and, once merged, an up bias of 1: it needs no slot to train.
+    bias = form == "plain" and (ffn.has_bias or ffn.is_gated)
+    weight = ffn.up.weight
+    assert isinstance(weight, Tensor)
+    return Tick(
+        ffn.hidden_size,
+        dim,
+        form=form,
+        bias=bias,
+        act=ffn.act,
+        base_dropout=ffn.dropout,
+        dropout=dropout,
+        generator=generator,
+        device=weight.device,
+    )
+
+
+def _numbers(selection: Any, stack: str, size: int) -> list[int]:
+    if selection == "all":
+        return list(range(size))
+    if selection == "none":
+        return []
+    if isinstance(selection, str):
+        kind, colon, count = selection.partition(":")
+        if colon:
+            numbers = list(range(int(count))) if kind == "first" else list(range(size - int(count), size))
+        else:
+            low, high = (int(part) for part in selection.split("-"))
+            numbers = list(range(low, high + 1))
+    else:
+        numbers = list(selection)
+    outside = [n for n in numbers if not 0 <= n < size]
+    if outside:
+        raise PatchError(
+            f"ticks.layers {selection}: the {stack} has the layers 0 to {size - 1}", fix="choose among these"
+        )
+    return numbers
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # A float32 head on a half-precision body, outside autocast.
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

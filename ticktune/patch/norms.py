@@ -1,0 +1,48 @@
+"""The task's own γ′ and β′ in the model's own norm modules.
+
+A norm keeps its class and its forward, so Gemma's (1 + w) and T5's norm without mean stay themselves. On this
+instance its parameters become float32 masters (a bfloat16 γ near 1 would round every usual update away), and
+its output returns in the dtype that the frozen norm would give.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ticktune.errors import PatchError
+
+
+def train_norm(norm: nn.Module) -> list[Any]:
+    """Makes the norm's own parameters trainable float32 masters.
+
+    Args:
+        norm: A module with ``weight`` and perhaps ``bias`` as its direct parameters.
+
+    Returns:
+        The hook handles that undo the cast of its output.
+    """
+    for name in own_parameters(norm):
+        stored = norm.get_parameter(name)
+        setattr(norm, name, nn.Parameter(stored.detach().float().clone()))
+    return [norm.register_forward_hook(_in_frozen_dtype)]
+
+
+def own_parameters(norm: nn.Module) -> list[str]:
+    """Returns the names of the norm's direct parameters, a subset of weight and bias.
+
+    Raises:
+        PatchError: It has other parameters, which no task file could hold.
+    """
+    names = [name for name, _ in norm.named_parameters(recurse=False)]
+    if not set(names) <= {"weight", "bias"}:
+        raise PatchError(
+            f"the norm {type(norm).__name__} has the parameters {', '.join(names)}, not weight and bias"
+        )
+    return names
+
+
+def _in_frozen_dtype(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm) and torch.is_autocast_enabled(output.device.type):
+        return output  # autocast gives the frozen norm and this one the same dtype
+    return output.to(args[0].dtype) if args else output

@@ -1,0 +1,141 @@
+"""The mathematics of ticks, in pure torch.
+
+A feed-forward block (FFN) maps hidden -> wide -> hidden: *up* (and *gate*) into the wide space, *down* out of
+it. Papers on adapters swap the two words; here Q and U lead up and P leads down.
+
+Legend of shapes: ``h`` hidden_size, ``t`` the tick's dim, ``...`` any leading dimensions (batch, seq).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Form = Literal["plain", "gated"]
+
+
+def plain_tick(
+    x: Tensor,
+    P: Tensor,
+    Q: Tensor,
+    r: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    dropout: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """P σ(Qx + r): the parallel adapter of He et al. 2021 (arXiv 2110.04366) with s = 1 and no output bias.
+
+    Args:
+        x: The FFN's input, ``(..., h)``.
+        P: ``(h, t)``.
+        Q: ``(t, h)``.
+        r: ``(t,)``, or None where the FFN's own projections have no bias.
+        act: σ, the FFN's own activation.
+        dropout: Applied to the hidden units.
+
+    Returns:
+        ``(..., h)``, in the dtype of ``x`` or of autocast.
+    """
+    hidden = F.linear(x, Q.to(x.dtype), None if r is None else r.to(x.dtype))
+    hidden = dropout(act(hidden))
+    return F.linear(hidden, P.to(hidden.dtype))
+
+
+def gated_tick(
+    x: Tensor,
+    P: Tensor,
+    Q: Tensor,
+    U: Tensor,
+    act: Callable[[Tensor], Tensor],
+    dropout: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """P (σ(Qx) ⊙ Ux): the same widening on a gated FFN, down(σ(gate x) ⊙ up x); no bias is needed.
+
+    Args and result as :func:`plain_tick`; U is ``(t, h)``.
+    """
+    hidden = act(F.linear(x, Q.to(x.dtype))) * F.linear(x, U.to(x.dtype))
+    hidden = dropout(hidden)
+    return F.linear(hidden, P.to(hidden.dtype))
+
+
+class Tick(nn.Module):
+    """A tick beside one FFN, in split form: the base's projections are untouched and run as before.
+
+    It reads the input of the FFN's up projection and adds to the output of its down projection, through two
+    forward hooks on those modules; so every dropout, residual and norm around them acts as it will on the
+    merged model. All parameters are float32 whatever the base's dtype, and are cast to the input's dtype
+    in the forward pass.
+
+    Args:
+        hidden_size: ``h``.
+        dim: ``t``, at least 1.
+        form: ``plain`` or ``gated``.
+        bias: Whether a plain tick has r.
+        act: The FFN's own activation (the module itself, not a copy).
+        base_dropout: Module and attribute name of the dropout that the FFN applies to its hidden units (a
+            probability or an ``nn.Dropout``), or None. It acts on the tick's units alike.
+        dropout: The tick's own dropout on its hidden units, in [0, 1).
+        generator: Draws Q and U, uniform in ±1/√h: ``kaiming_uniform(a=√5)``, as He et al. use it. P and r
+            are zero, so the function is unchanged at first.
+        device: Where the parameters live.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        dim: int,
+        *,
+        form: Form,
+        bias: bool,
+        act: Callable[[Tensor], Tensor],
+        base_dropout: tuple[nn.Module, str] | None = None,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.form: Form = form
+        self.dropout = dropout
+        # In tuples: registered as submodules they would appear a second time in the model's state dict.
+        self._act = (act,)
+        self._base_dropout = base_dropout
+        self._input: Tensor | None = None
+
+        def uniform() -> nn.Parameter:
+            bound = 1 / math.sqrt(hidden_size)
+            values = torch.empty(dim, hidden_size).uniform_(-bound, bound, generator=generator)
+            return nn.Parameter(values.to(device))
+
+        self.Q = uniform()
+        self.r = nn.Parameter(torch.zeros(dim, device=device)) if bias and form == "plain" else None
+        self.U = uniform() if form == "gated" else None
+        self.P = nn.Parameter(torch.zeros(hidden_size, dim, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns what the tick adds to FFN(x); ``(..., h)`` -> ``(..., h)``."""
+        if self.U is not None:
+            return gated_tick(x, self.P, self.Q, self.U, self._act[0], self._drop)
+        return plain_tick(x, self.P, self.Q, self.r, self._act[0], self._drop)
+
+    def attach(self, up: nn.Module, down: nn.Module) -> list[Any]:
+        """Hooks the tick between ``up`` and ``down``; returns the handles that undo it."""
+        return [up.register_forward_pre_hook(self._capture), down.register_forward_hook(self._add)]
+
+    # Bound methods, not closures: a deep copy of the model then calls the copied tick.
+    def _capture(self, up: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._input = args[0]
+
+    def _add(self, down: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x, self._input = self._input, None
+        assert x is not None, "down was called without up"
+        return output + self(x).to(output.dtype)
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        if self._base_dropout is not None:
+            owner, name = self._base_dropout
+            own = getattr(owner, name)
+            p = own.p if isinstance(own, nn.Dropout) else own
+            hidden = F.dropout(hidden, p, training=owner.training)
+        return F.dropout(hidden, self.dropout, training=self.training)

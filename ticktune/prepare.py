@@ -1,0 +1,325 @@
+"""Recipe -> rows, task, examples and base: everything that stands before a model is trained or used."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ticktune.adapter import AdapterFacts, attach_adapter, check_base, read_facts
+from ticktune.base import (
+    BaseFiles,
+    check_vocabulary,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate_base,
+    training_dtype,
+)
+from ticktune.console import Console
+from ticktune.data.batches import split_rows
+from ticktune.data.encode import Encoded, encode_rows, tokenizer_identity
+from ticktune.data.read import Rows, read_rows
+from ticktune.device import Compute, choose_compute
+from ticktune.errors import BaseModelError, DataError, UsageError
+from ticktune.export.save import FACTS as MERGED_FACTS
+from ticktune.files import read_json, verify_directory
+from ticktune.folder import Target
+from ticktune.recipe.load import LoadedRecipe
+from ticktune.recipe.schema import Data, Source
+from ticktune.registry import TASKS
+from ticktune.tasks.task import Task, TaskOptions, build_task, restore_task
+
+Poll = Callable[[], None]
+
+
+def _no_poll() -> None:
+    return None
+
+
+@dataclass
+class Prepared:
+    """All that training starts from.
+
+    Args:
+        loaded: The recipe.
+        compute: Device and precision.
+        base: The base's files.
+        dtype: How the frozen weights are held.
+        tokenizer: The base's tokenizer.
+        task: The task, configured.
+        rows: Split -> rows.
+        examples: Split -> examples.
+    """
+
+    loaded: LoadedRecipe
+    compute: Compute
+    base: BaseFiles
+    dtype: str
+    tokenizer: Any
+    task: Task
+    rows: dict[str, Rows]
+    examples: dict[str, Encoded] = field(default_factory=dict)
+
+    def task_facts(self) -> dict[str, Any]:
+        """What an adapter records of the task."""
+        recipe = self.loaded.recipe
+        return {
+            "name": recipe.task,
+            "state": self.task.state(),
+            "options": asdict(self.task.options),  # type: ignore[attr-defined]
+            "columns": recipe.data.columns,
+            "tokenizer": tokenizer_identity(self.base.directory),
+        }
+
+
+def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Prepared:
+    """Does everything cheap before anything expensive: device, rows, tokenizer, labels, examples.
+
+    Raises:
+        TicktuneError: Of the stage that found a problem.
+    """
+    recipe = loaded.recipe
+    compute = choose_compute(recipe.training.device, recipe.training.precision)
+    rows = read_splits(loaded, poll)
+    base = locate_base(recipe.base.model, revision=recipe.base.revision, relative_to=loaded.path.parent)
+    tokenizer = load_tokenizer(base)
+    train = rows["train"]
+    options = TaskOptions(
+        columns=train.columns,
+        max_length=recipe.data.max_length,
+        problem=recipe.problem,
+        max_new_tokens=recipe.evaluation.generate.max_new_tokens,
+        num_beams=recipe.evaluation.generate.num_beams,
+    )
+    task = build_task(recipe.task, options, train.as_list(), train.where, tokenizer, load_config(base))
+    for name in rows:
+        task.check(rows[name].as_list(), rows[name].where)
+    _warn_overlap(rows, console)
+    dtype = training_dtype(recipe.base.dtype, base, compute.precision, compute.device.type)
+    prepared = Prepared(loaded, compute, base, dtype, tokenizer, task, rows)
+    for name in ("train", "validation"):
+        if name in rows:
+            prepared.examples[name] = encode(task, rows[name], base.directory, poll=poll)
+            _say_report(prepared.examples[name], name, options.max_length, console)
+    return prepared
+
+
+def read_splits(loaded: LoadedRecipe, poll: Poll = _no_poll, names: tuple[str, ...] = ()) -> dict[str, Rows]:
+    """Reads the splits that a recipe names; a fraction is taken out of the training rows.
+
+    Args:
+        loaded: The recipe.
+        poll: Called now and then.
+        names: Only these splits; empty: all.
+
+    Raises:
+        DataError: Of the first file that cannot be used.
+    """
+    recipe, seed = loaded.recipe, loaded.recipe.training.seed
+    wanted = names or ("train", "validation", "test")
+    sources = {n: s for n in ("train", "validation", "test") if (s := getattr(recipe.data, n)) is not None}
+    needs_train = "train" in wanted or any(s.fraction is not None for n, s in sources.items() if n in wanted)
+    rows: dict[str, Rows] = {}
+    for name, source in sources.items():
+        if source.fraction is None and (name in wanted or (name == "train" and needs_train)):
+            rows[name] = _read(loaded, name, source, poll)
+    shares = {n: s.fraction for n, s in sources.items() if s.fraction is not None}
+    if shares and "train" in rows:
+        train, left = rows["train"], list(range(len(rows["train"])))
+        if len(left) <= len(shares):
+            raise DataError("too few rows to take a fraction of them", where=train.source)
+        for name, share in shares.items():
+            rest, chosen = split_rows(
+                len(left), min(0.99, share * len(train) / len(left)), seed=seed, name=name
+            )
+            rows[name] = train.select([left[i] for i in chosen])
+            left = [left[i] for i in rest]
+        rows["train"] = train.select(left)
+    return {name: rows[name] for name in ("train", "validation", "test") if name in rows and name in wanted}
+
+
+def encode(
+    task: Task, rows: Rows, tokenizer_files: Path, *, labelled: bool = True, poll: Poll = _no_poll
+) -> Encoded:
+    """Tokenises a split; see :func:`ticktune.data.encode.encode_rows`."""
+    identity = [task.name, asdict(task.options), task.state(), tokenizer_identity(tokenizer_files)]  # type: ignore[attr-defined]
+    return encode_rows(task, rows, identity, labelled=labelled, poll=poll)
+
+
+@dataclass
+class Loaded:
+    """A trained model that is ready to be used.
+
+    Args:
+        model: Base and adapter, or a merged folder's stock model.
+        task: The task, as it was trained.
+        facts: The adapter's facts.
+        compute: Device and precision.
+        tokenizer_files: Folder of the tokenizer.
+        base: The base's files; None for a merged folder.
+    """
+
+    model: nn.Module
+    task: Task
+    facts: AdapterFacts
+    compute: Compute
+    tokenizer_files: Path
+    base: BaseFiles | None
+
+
+def load_target(
+    target: Target, *, base: str | None = None, compute: Compute | None = None, dtype: str | None = None
+) -> Loaded:
+    """Loads an adapter on its base, or a merged folder.
+
+    Args:
+        target: From :func:`ticktune.folder.find_target`.
+        base: The base, where the recorded one cannot be found.
+        compute: Device and precision; None: the run's own.
+        dtype: How weights are held; None: as in training.
+
+    Raises:
+        BaseModelError: The base is another one.
+        CheckpointError: The folder is damaged.
+    """
+    loaded = target.recipe()
+    if compute is None:
+        training = loaded.recipe.training if loaded else None
+        compute = choose_compute(*((training.device, training.precision) if training else ("auto", "auto")))
+    facts = facts_of(target)
+    if facts.task is None or facts.model_class is None:
+        raise UsageError(
+            "the adapter was saved without a task, so there is nothing to evaluate it by",
+            where=str(target.path),
+            fix="use ticktune.load_adapter in Python",
+        )
+    if target.kind == "merged":
+        files = BaseFiles(str(target.path), target.path)
+        held = dtype or training_dtype("auto", files, "fp32", compute.device.type)
+    else:
+        files = base_of(facts, loaded, base)
+        asked = loaded.recipe.base.dtype if loaded else "auto"
+        held = dtype or training_dtype(asked, files, compute.precision, compute.device.type)
+        check_base(facts, fingerprint(files, head=facts.plan["head"]), str(target.path))
+    task = task_of(facts, load_tokenizer(files))
+    model, fresh = load_model(files, facts.model_class, dtype=held, config=task.config())
+    unknown = sorted(set(fresh) - set(facts.plan["head"] if target.kind == "adapter" else ()))
+    if unknown:
+        raise BaseModelError(
+            f"the parameter {unknown[0]} is in no file: its values would be random", where=target.name
+        )
+    if target.kind == "adapter":
+        attach_adapter(model, target.path, facts)
+    return Loaded(
+        model.to(compute.device),
+        task,
+        facts,
+        compute,
+        files.directory,
+        files if target.kind == "adapter" else None,
+    )
+
+
+def facts_of(target: Target) -> AdapterFacts:
+    """Verifies the folder and reads the adapter's facts.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    if target.kind == "adapter":
+        return read_facts(target.path)
+    verify_directory(target.path)
+    return AdapterFacts(**read_json(target.path / MERGED_FACTS)["adapter"])
+
+
+def base_of(facts: AdapterFacts, loaded: LoadedRecipe | None, override: str | None) -> BaseFiles:
+    """Finds the base of an adapter: as given, as the run's recipe says, or as the adapter recorded it."""
+    if override is not None:
+        return locate_base(override)
+    if loaded is not None:
+        base = loaded.recipe.base
+        return locate_base(base.model, revision=base.revision, relative_to=loaded.path.parent)
+    return locate_base(facts.base["name"], revision=facts.base["commit"])
+
+
+def task_of(facts: AdapterFacts, tokenizer: Any) -> Task:
+    """The task as it was trained."""
+    assert facts.task is not None
+    entries = facts.task["options"]
+    options = TaskOptions(**{**entries, "columns": tuple(entries["columns"])})
+    return restore_task(facts.task["name"], options, facts.task["state"], tokenizer)
+
+
+def load_trainable(prepared: Prepared) -> tuple[nn.Module, list[str]]:
+    """Loads the base for training; returns it with the names of the parameters that its checkpoint lacks."""
+    model, fresh = load_model(
+        prepared.base,
+        prepared.task.auto_class,
+        dtype=prepared.dtype,
+        config=prepared.task.config(),
+        seed=prepared.loaded.recipe.training.seed,
+    )
+    check_vocabulary(model, prepared.tokenizer, prepared.base)
+    return model.to(prepared.compute.device), fresh
+
+
+def read_file(path: Path, facts: AdapterFacts, *, labelled: bool, poll: Poll = _no_poll) -> Rows:
+    """Reads a file that a command names, with the columns of the adapter's recipe; a txt file is one row a line."""
+    assert facts.task is not None
+    return read_rows(
+        Source(path=str(path)), TASKS[facts.task["name"]], facts.task["columns"], labelled=labelled, poll=poll
+    )
+
+
+def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
+    data: Data = loaded.recipe.data
+    whole = source.sample_by == "document" or (
+        source.sample_by == "auto" and loaded.recipe.task == "causal-lm"
+    )
+    try:
+        return read_rows(
+            source,
+            TASKS[loaded.recipe.task],
+            data.columns,
+            relative_to=loaded.path.parent,
+            split=name,
+            whole_text=whole,
+            poll=poll,
+        )
+    except DataError as error:
+        named = [
+            type(p)(p.message, f"{p.where} ({loaded.where(f'data.{name}')})", p.fix) for p in error.problems
+        ]
+        raise DataError(named) from error
+
+
+def _warn_overlap(rows: dict[str, Rows], console: Console) -> None:
+    train = {repr(row) for row in rows["train"].as_list()}
+    for name in ("validation", "test"):
+        if name in rows:
+            both = sum(repr(row) in train for row in rows[name].as_list())
+            if both:
+                share = 100 * both / len(rows[name])
+                console.warn(
+                    f"{both} of the {len(rows[name])} {name} rows ({share:.1f} %) are training rows too"
+                )
+
+
+def _say_report(examples: Encoded, name: str, max_length: int, console: Console) -> None:
+    report, count = examples.report, len(examples.source)
+    if report.truncated:
+        share = 100 * len(report.truncated) / count
+        places = ", ".join(examples.source.where(i) for i in report.truncated[:3])
+        cut = f", {report.cut_ends} of them at the end of what is learned" if report.cut_ends else ""
+        console.warn(
+            f"{name}: {len(report.truncated)} of {count} rows ({share:.1f} %) are longer than data.max_length = "
+            f"{max_length} tokens and were cut{cut}: {places}"
+        )
+    if report.unsupervised:
+        places = ", ".join(examples.source.where(i) for i in report.unsupervised[:3])
+        console.warn(
+            f"{name}: {len(report.unsupervised)} rows have nothing to learn from and were left out: {places}"
+        )

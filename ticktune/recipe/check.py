@@ -1,0 +1,120 @@
+"""Rules between keys; returns every problem at once."""
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ticktune.errors import Problem
+from ticktune.recipe.schema import Recipe
+from ticktune.registry import TASKS, TaskRow
+
+Where = Callable[[tuple[str | int, ...]], str]
+
+
+def check(values: dict[str, Any], recipe: Recipe | None, where: Where) -> list[Problem]:
+    """Checks what one key says about another.
+
+    Args:
+        values: The recipe as plain values; used for the task even where the rest did not validate.
+        recipe: The validated recipe, or None when a single value is wrong already.
+        where: Gives the place of a path of keys.
+
+    Returns:
+        The problems, in no particular order.
+    """
+    problems: list[Problem] = []
+
+    def wrong(key: str, message: str, fix: str = "") -> None:
+        problems.append(Problem(message, where(tuple(key.split("."))), fix))
+
+    task = values.get("task")
+    row = TASKS.get(task) if isinstance(task, str) else None
+    if isinstance(task, str) and row is None:
+        near = difflib.get_close_matches(task, TASKS, 1)
+        wrong(
+            "task",
+            f"expected one of {', '.join(TASKS)}, found {task}",
+            f"did you mean {near[0]}?" if near else "",
+        )
+    if recipe is None or row is None:
+        return problems
+    _check_data(recipe, row, wrong)
+    _check_training(recipe, row, wrong)
+    return problems
+
+
+def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> None:
+    data = recipe.data
+    for name in ("train", "validation", "test"):
+        source = getattr(data, name)
+        if source is None:
+            continue
+        kinds = [k for k in ("path", "hub", "fraction") if getattr(source, k) is not None]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or "none of them"
+            wrong(f"data.{name}", f"expected one of path, hub or fraction, found {found}")
+        if name == "train" and source.fraction is not None:
+            wrong("data.train.fraction", "only validation and test can be a share of the training rows")
+        if source.hub is None and (source.config or source.split or source.revision):
+            wrong(f"data.{name}", "config, split and revision are only for hub data sets")
+    same = _same_source(data.train, data.validation), _same_source(data.train, data.test)
+    for name, is_same in zip(("validation", "test"), same, strict=True):
+        if is_same:
+            wrong(f"data.{name}", "these are the training rows", "name other rows, or {fraction: 0.1}")
+    fractions = [s.fraction for s in (data.validation, data.test) if s is not None and s.fraction is not None]
+    if sum(fractions) >= 1:
+        wrong("data", "the fractions leave no rows to train on")
+    known = frozenset().union(*row.columns) | row.optional_columns
+    for column, name in data.columns.items():
+        if column not in known:
+            near = difflib.get_close_matches(column, known, 1)
+            wrong(
+                f"data.columns.{column}",
+                f"{recipe.task} has no such column; it knows {', '.join(sorted(known))}",
+                f"did you mean {near[0]}?" if near else "",
+            )
+        if re.search(r"\{[^{}]*[^\w\s{}-][^{}]*\}", name):
+            wrong(
+                f"data.columns.{column}", f"only plain {{column}} names can stand in a template, found {name}"
+            )
+    named = frozenset(data.columns) - row.optional_columns
+    if named and not any(named <= columns for columns in row.columns):
+        sets = " or ".join("+".join(sorted(columns)) for columns in row.columns)
+        wrong("data.columns", f"expected {sets}, found {'+'.join(sorted(named))}")
+
+
+def _same_source(one: Any, other: Any) -> bool:
+    if other is None or other.fraction is not None:
+        return False
+    if one.path is not None:
+        return bool(one.path == other.path)
+    return (one.hub, one.config, one.split or "train") == (other.hub, other.config, other.split)
+
+
+def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> None:
+    training = recipe.training
+    if training.epochs is not None and training.steps is not None:
+        wrong("training.steps", "give epochs or steps, not both")
+    if training.micro_batch_size is not None and training.micro_batch_size > training.batch_size:
+        wrong(
+            "training.micro_batch_size",
+            f"expected at most batch_size = {training.batch_size}, found {training.micro_batch_size}",
+        )
+    if recipe.ticks.dim == 0 and recipe.norms.train == "none" and recipe.head.train is False:
+        wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
+    metric = recipe.evaluation.metric
+    if metric != "auto" and metric not in row.metrics:
+        near = difflib.get_close_matches(metric, row.metrics, 1)
+        wrong(
+            "evaluation.metric",
+            f"{recipe.task} has the metrics {', '.join(row.metrics)}, found {metric}",
+            f"did you mean {near[0]}?" if near else "",
+        )
+    if recipe.problem != "auto" and recipe.task != "text-classification":
+        wrong("problem", f"only text-classification has a problem type, not {recipe.task}")
+    if recipe.evaluation.patience is not None and recipe.data.validation is None:
+        wrong("evaluation.patience", "early stopping needs data.validation")
+    bad = re.search(r"[\x00-\x1f\x7f]", recipe.output)
+    if bad or any(len(part.encode()) > 255 for part in recipe.output.split("/")):
+        wrong("output", "the path holds a control character or a name of more than 255 bytes")

@@ -1,0 +1,346 @@
+"""What a recipe may say: every key with its type, default, unit, range and help, and nowhere else.
+
+The JSON Schema and the reference page are made from these models.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+SCHEMA_VERSION = 1
+
+_YAML_11_WORDS = {"yes", "no", "on", "off", "y", "n"}
+
+
+class PlainWord(str):
+    """An unquoted yes, no, on or off: some YAML readers take it as true or false."""
+
+
+def _plain_text(value: Any) -> Any:
+    if isinstance(value, PlainWord):
+        raise ValueError(f'unquoted {value} is read as true or false by other YAML readers; write "{value}"')
+    return value
+
+
+def _stripped(value: str) -> str:
+    if not value.strip():
+        raise ValueError("expected some text, found nothing")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_plain_text), AfterValidator(_stripped)]
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+def _epoch_or_count(value: Any) -> Any:
+    if value == "epoch" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("expected a number of optimizer steps, at least 1, or the word epoch")
+
+
+Every = Annotated[
+    Any,
+    BeforeValidator(_epoch_or_count),
+    WithJsonSchema({"anyOf": [{"const": "epoch"}, {"type": "integer", "minimum": 1}]}),
+]
+
+_LAYERS = re.compile(r"all|none|(first|last):[1-9][0-9]*|[0-9]+-[0-9]+")
+_LAYERS_HELP = "all, none, last:3, first:2, 4-11 or a list such as [0, 2, 5]"
+
+
+def _layers(value: Any, words: tuple[str, ...] = ()) -> Any:
+    if isinstance(value, dict):
+        if not value or not all(isinstance(stack, str) for stack in value):
+            raise ValueError(f"expected stack: layers pairs, where layers is {_LAYERS_HELP}")
+        return {stack: _layers(item) for stack, item in value.items()}
+    if isinstance(value, list):
+        if not value or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+            raise ValueError("expected a list of layer numbers, 0 or more")
+        return sorted(set(value))
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return [value]
+    if isinstance(value, str) and (value in words or _LAYERS.fullmatch(value)):
+        low, _, high = value.partition("-")
+        if high and int(low) > int(high):
+            raise ValueError(f"the range {value} is empty")
+        return value
+    raise ValueError(f"expected {', '.join([*words, _LAYERS_HELP])}")
+
+
+_LAYERS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "pattern": rf"^({_LAYERS.pattern})$"},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        {"type": "integer", "minimum": 0},
+        {"type": "object"},
+    ]
+}
+Layers = Annotated[Any, BeforeValidator(_layers), WithJsonSchema(_LAYERS_SCHEMA)]
+NormLayers = Annotated[
+    Any,
+    BeforeValidator(lambda value: _layers(value, ("same",))),
+    WithJsonSchema({"anyOf": [{"const": "same"}, *_LAYERS_SCHEMA["anyOf"]]}),
+]
+
+NORM_ROLES = ("embedding", "attention", "cross_attention", "ffn", "final", "q", "k")
+
+
+def _norm_roles(value: Any) -> Any:
+    if isinstance(value, str) and value not in ("all", "none"):
+        value = [part.strip() for part in value.split(",")]
+    if value in ("all", "none"):
+        return value
+    if isinstance(value, list) and value and all(role in NORM_ROLES for role in value):
+        return sorted(set(value), key=NORM_ROLES.index)
+    raise ValueError(f"expected all, none, or a list of {', '.join(NORM_ROLES)}")
+
+
+NormRoles = Annotated[
+    Any,
+    BeforeValidator(_norm_roles),
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["all", "none"]}, {"type": "array", "items": {"enum": list(NORM_ROLES)}}]}
+    ),
+]
+
+
+def _head_train(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("expected auto, true or false")
+
+
+HeadTrain = Annotated[Any, BeforeValidator(_head_train), WithJsonSchema({"enum": ["auto", True, False]})]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Base(Section):
+    """The frozen pretrained model."""
+
+    model: Text
+    """Hub id, directory (relative to the recipe file), or `package:NAME` for weights inside an installed
+    Python package."""
+    revision: Text | None = None
+    """Hub commit, tag or branch; what was used is recorded."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """How the frozen weights are held while training. auto: bfloat16 under precision bf16, else the
+    checkpoint's own; float16 on a CPU becomes float32."""
+    dropout: Literal["keep", "off"] = "keep"
+    """The base model's own dropout while training."""
+
+
+class Ticks(Section):
+    """The extra hidden units beside each feed-forward block."""
+
+    dim: Annotated[int, Field(ge=0, le=65536)] = 64
+    """Hidden units of each tick; 0 = no ticks."""
+    layers: Layers = "all"
+    """Which layers get a tick: all, none, last:3, first:2, 4-11, a list, or one of these per stack:
+    `{encoder: all, decoder: last:2}`."""
+    form: Literal["auto", "plain", "gated"] = "auto"
+    """plain: P σ(Qx + r). gated: P (σ(Qx) ⊙ Ux). auto: plain on plain feed-forward blocks, gated on
+    gated ones; this always merges where the architecture allows it."""
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    """Dropout on the tick's hidden units while training."""
+
+
+class Norms(Section):
+    """The task's own γ′ and β′."""
+
+    train: NormRoles = "all"
+    """all, none, or a list of roles: embedding, attention, cross_attention, ffn, final, q, k. `all` leaves
+    out q and k, which are trained only when named."""
+    layers: NormLayers = "same"
+    """same: as ticks.layers (the embedding norm only when that is all; the final norm always); else as
+    ticks.layers."""
+
+
+class Head(Section):
+    """The task head."""
+
+    train: HeadTrain = "auto"
+    """auto: parameters that the checkpoint lacks or that do not fit, and an existing classification or
+    regression head; never a language-model head or a tied embedding. true: the whole head. false: nothing."""
+
+
+class Source(Section):
+    """Where rows come from: a file, a Hub data set, or a share of the training rows."""
+
+    path: Text | None = None
+    """jsonl, json, csv, tsv, parquet or txt file, relative to the recipe file."""
+    hub: Text | None = None
+    """Name of a Hub data set."""
+    config: Text | None = None
+    """Configuration of the Hub data set."""
+    split: Text | None = None
+    """Split of the Hub data set; default: the one of the same name."""
+    revision: Text | None = None
+    """Commit of the Hub data set."""
+    fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    """Only for validation and test: this share of the training rows, chosen by the seed."""
+    sample_by: Literal["auto", "line", "document"] = "auto"
+    """How a txt file becomes rows. auto: document for causal-lm, else line."""
+    limit: Count | None = None
+    """Only the first so many rows."""
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+AnySource = Annotated[Source, BeforeValidator(_source)]
+
+
+class Data(Section):
+    """The rows and their columns."""
+
+    train: AnySource
+    """Rows to learn from."""
+    validation: AnySource | None = None
+    """Rows that choose the best checkpoint."""
+    test: AnySource | None = None
+    """Rows that only `eval` looks at."""
+    columns: dict[str, Text] = {}
+    """What the task calls a column: what the file calls it, or a template such as `{question}\\n{answer}`."""
+    max_length: Annotated[int, Field(ge=2, le=2**20)] = 128
+    """Longest example, in tokens; longer ones are cut, and counted."""
+
+
+class Optimizer(Section):
+    """AdamW with one learning rate for each role."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: Positive = 2e-4
+    """Peak learning rate of Q, r and U."""
+    p_lr_ratio: Positive = 4.0
+    """P learns at lr × p_lr_ratio, with weight_decay and eps divided by it: the same as a forward scale of
+    this size on the tick, without one in the artefact."""
+    norm_lr: Positive = 1e-3
+    """Peak learning rate of γ′ and β′."""
+    head_lr: Positive = 1e-3
+    """Peak learning rate of the task head."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """Decay of Q, U, P and the head's matrices; never of r, γ′, β′ and biases."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
+        0.9,
+        0.999,
+    ]
+    """AdamW's averaging coefficients."""
+    eps: Positive = 1e-8
+    """AdamW's denominator term."""
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
+    """Largest norm of the whole gradient; null = no clipping."""
+
+
+class Schedule(Section):
+    """The learning rate over the run, in closed form."""
+
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay to zero after the warm-up."""
+    warmup: Ratio = 0.06
+    """Share of the steps over which the learning rate rises from zero."""
+
+
+class Training(Section):
+    """The loop."""
+
+    epochs: Count | None = None
+    """Passes over the training rows; 3 when neither epochs nor steps is given."""
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: Count = 32
+    """Examples per optimizer step."""
+    micro_batch_size: Count | None = None
+    """Examples per forward pass; null = batch_size (no accumulation)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
+    Trainable tensors and optimizer state are always float32."""
+    device: Annotated[str, BeforeValidator(_plain_text), Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = (
+        "auto"
+    )
+    """auto, cpu, cuda or cuda:N."""
+    deterministic: bool = False
+    """Bitwise equal results on CUDA too, at some cost in speed; a CPU is always deterministic."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Seed of the initial values, the row order and dropout."""
+
+
+class Generate(Section):
+    """How text is generated in evaluation and prediction."""
+
+    max_new_tokens: Count = 128
+    """Longest continuation, in tokens."""
+    num_beams: Count = 1
+    """Beams of the search; 1 = greedy."""
+
+
+class Evaluation(Section):
+    """When and by what the model is judged."""
+
+    every: Every = "epoch"
+    """Optimizer steps between evaluations, or the word epoch."""
+    metric: Text = "auto"
+    """The metric that chooses the best checkpoint; auto: the task's first."""
+    save: Literal["best", "last"] = "best"
+    """Which state becomes the adapter."""
+    patience: Count | None = None
+    """Stop after so many evaluations without a better one; null = never."""
+    batch_size: Count | None = None
+    """Examples per forward pass in evaluation; null = the training micro-batch's size or 32, the larger."""
+    generate: Generate = Generate()
+
+
+class Checkpoints(Section):
+    """Training states on disk."""
+
+    every: Every = 200
+    """Optimizer steps between checkpoints, or the word epoch."""
+    keep: Count = 2
+    """How many of the newest are kept."""
+
+
+class Logging(Section):
+    """What is written while training."""
+
+    every: Count = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    version: Literal[1] = 1
+    """Version of the recipe grammar."""
+    task: Text
+    """text-classification or causal-lm."""
+    base: Base
+    ticks: Ticks = Ticks()
+    norms: Norms = Norms()
+    head: Head = Head()
+    data: Data
+    problem: Literal["auto", "single", "multi", "regression"] = "auto"
+    """text-classification only. auto: regression when labels are fractional numbers, multi when they are
+    lists, else single."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    logging: Logging = Logging()
+    output: Text = "runs/{name}"
+    """The run's directory, relative to the working directory; {name} is the recipe file's name."""
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema of recipes, for editors."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "ticktune recipe", **schema}

@@ -1,0 +1,58 @@
+"""The tasks: plain rows, nothing imported. A new task is one row here, one file and one recipe."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """What the recipe and the commands must know of a task before its module is imported.
+
+    Args:
+        module: The module of the task; it has a ``build`` and a ``restore`` function.
+        columns: Sets of column names, each of which is enough to train.
+        optional_columns: Further columns that the task understands.
+        metrics: Names of its metrics; true where more is better.
+        label_columns: Columns that hold the answer: ``predict`` can do without them.
+        defaults: Recipe keys whose default differs from the schema's, as dotted key -> value.
+    """
+
+    module: str
+    columns: tuple[frozenset[str], ...]
+    metrics: dict[str, bool]
+    optional_columns: frozenset[str] = frozenset()
+    label_columns: frozenset[str] = frozenset()
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+TASKS: dict[str, TaskRow] = {
+    "text-classification": TaskRow(
+        module="ticktune.tasks.text_classification",
+        columns=(frozenset({"text", "label"}),),
+        optional_columns=frozenset({"text_pair"}),
+        label_columns=frozenset({"label"}),
+        metrics={
+            "accuracy": True,
+            "f1": True,
+            "mcc": True,
+            "auroc": True,
+            "pearson": True,
+            "spearman": True,
+            "mse": False,
+            "loss": False,
+        },
+        defaults={"data.max_length": 128},
+    ),
+    "causal-lm": TaskRow(
+        module="ticktune.tasks.causal_lm",
+        columns=(frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})),
+        label_columns=frozenset({"response"}),
+        metrics={"perplexity": False, "token_accuracy": True, "loss": False},
+        defaults={
+            "data.max_length": 512,
+            "optimizer.lr": 1e-4,
+            "schedule.name": "cosine",
+            "training.batch_size": 16,
+        },
+    ),
+}

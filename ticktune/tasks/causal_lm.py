@@ -1,0 +1,277 @@
+"""Causal language modelling: plain text, prompt and response, or chat messages."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ticktune.errors import DataError
+from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, TaskOptions
+
+_MAX_RENDERED = 10_000_000  # characters; a template that makes more is broken or hostile
+
+
+@dataclass(frozen=True)
+class CausalLm:
+    """The task, configured.
+
+    Args:
+        options: What the recipe says; its columns are ``text``, or ``prompt`` and ``response``, or ``messages``.
+        tokenizer: The base's tokenizer.
+    """
+
+    options: TaskOptions
+    tokenizer: Any
+    name: str = "causal-lm"
+    auto_class: str = "AutoModelForCausalLM"
+    default_metric: str = "perplexity"
+
+    def config(self) -> dict[str, Any]:
+        """Nothing: the model stays as it is."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing but the tokenizer decides."""
+        return {}
+
+    def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
+        """Refuses rows that are not text, or not a conversation."""
+        for i, row in enumerate(rows):
+            if "messages" in row:
+                _check_messages(row["messages"], where(i))
+
+    def encode(
+        self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool
+    ) -> list[Example]:
+        """Tokenises.
+
+        Plain text and its end-of-text token are cut into consecutive windows of max_length. A prompt that
+        is too long together with its response loses its beginning; a response that is too long alone loses
+        its end. In conversations the assistant's turns are learned, each with its end-of-turn token.
+        """
+        examples: list[Example] = []
+        for i, row in enumerate(rows):
+            number = first + i
+            if "messages" in row:
+                parts = [self._conversation(row["messages"], labelled)]
+                limit_from_start = True
+            elif "prompt" in row:
+                parts = [self._prompt_and_response(row, labelled)]
+                limit_from_start = False
+            elif labelled:
+                examples += [self._example(number, w, w) for w in self._windows(str(row["text"]))]
+                continue
+            else:
+                parts = [(self._start(str(row["text"])), [])]
+                limit_from_start = False
+            for ids, labels in parts:
+                examples += self._cut(number, ids, labels, report, labelled, limit_from_start)
+        return examples
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pads on the right (labelled) or left (to be continued); all tensors are (batch, seq) int64."""
+        longest = max(e["length"] for e in examples)
+        on_right = "labels" in examples[0]
+
+        def padded(name: str, value: int) -> Tensor:
+            rows = []
+            for example in examples:
+                fill = [value] * (longest - example["length"])
+                ids = example[name] if name in example else [1] * example["length"]
+                rows.append(ids + fill if on_right else fill + ids)
+            return torch.tensor(rows, dtype=torch.long)
+
+        batch: Batch = {
+            "input_ids": padded("input_ids", self.tokenizer.pad_token_id),
+            "attention_mask": padded("attention_mask", 0),
+        }
+        if on_right:
+            batch["labels"] = padded("labels", IGNORED)
+        return batch
+
+    def weight(self, batch: Batch) -> float:
+        """The number of tokens that are predicted and learned."""
+        return float((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Token ids and mask, (batch, seq) int64."""
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """Runs the model without labels; ``logits`` is (batch, seq, vocabulary)."""
+        return model(**self.inputs(batch), use_cache=False)
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Cross entropy of the next token, summed over the learned tokens."""
+        logits = outputs.logits[:, :-1].float()
+        return F.cross_entropy(
+            logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The most probable next token at each position, (batch, seq)."""
+        best = logits.topk(2, dim=-1)
+        return best.indices[..., 0], best.values[..., 0] - best.values[..., 1]
+
+    def metrics(self) -> Any:
+        """Metrics of torchmetrics over the learned tokens."""
+        from torchmetrics import MeanMetric
+        from torchmetrics.text import Perplexity
+
+        return nn.ModuleDict(
+            {
+                "perplexity": Perplexity(ignore_index=IGNORED),
+                "token_accuracy": MeanMetric(),
+                "loss": MeanMetric(),
+            }
+        )
+
+    def update(self, metrics: Any, outputs: Any, batch: Batch) -> None:
+        """Adds a batch."""
+        target = batch["labels"][:, 1:]
+        learned = target != IGNORED
+        count = int(learned.sum())
+        if count == 0:
+            return
+        logits = outputs.logits[:, :-1].float()
+        metrics["loss"].update(self.loss(outputs, batch) / count, weight=count)
+        metrics["perplexity"].update(logits, target)
+        hits = logits.argmax(-1)[learned] == target[learned]
+        metrics["token_accuracy"].update(hits.float().mean(), weight=count)
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """The continuation of each example, up to max_new_tokens."""
+        width = batch["input_ids"].shape[1]
+        output = model.generate(  # type: ignore[operator]
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.options.max_new_tokens,
+            num_beams=self.options.num_beams,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return [{"text": text} for text in texts]
+
+    def _windows(self, text: str) -> list[list[int]]:
+        ids = [*self._start(text), self.tokenizer.eos_token_id]
+        limit = self.options.max_length
+        windows = [ids[at : at + limit] for at in range(0, len(ids), limit)]
+        return [
+            window for window in windows if len(window) > 1
+        ]  # the first token of a window predicts nothing
+
+    def _start(self, text: str) -> list[int]:
+        # With the tokens that the tokenizer puts before a text (<s>), without one that it puts after it.
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _prompt_and_response(self, row: Row, labelled: bool) -> tuple[list[int], list[int]]:
+        prompt = self._start(str(row["prompt"]))
+        if not labelled:
+            return prompt, []
+        response = self.tokenizer(str(row["response"]), add_special_tokens=False, verbose=False)["input_ids"]
+        response = [*response, self.tokenizer.eos_token_id]
+        return prompt + response, [IGNORED] * len(prompt) + response
+
+    def _conversation(self, messages: list[dict[str, str]], labelled: bool) -> tuple[list[int], list[int]]:
+        if not labelled:
+            return self._render(_without_answer(messages), prompt=True), []
+        ids = self._render(messages, prompt=False)
+        labels = [IGNORED] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:i], prompt=True)
+            until = self._render(messages[: i + 1], prompt=False)
+            if ids[: len(before)] != before or ids[: len(until)] != until:
+                raise DataError(
+                    "the model's chat template does not render a conversation as its beginning and a rest, "
+                    "so the assistant's turns cannot be told apart",
+                    fix="use prompt and response columns, or a tokenizer with a plain chat template",
+                )
+            labels[len(before) : len(until)] = ids[len(before) : len(until)]
+        return ids, labels
+
+    def _render(self, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        if len(text) > _MAX_RENDERED:
+            raise DataError(f"the chat template makes {len(text)} characters of one conversation")
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _cut(
+        self,
+        number: int,
+        ids: list[int],
+        labels: list[int],
+        report: EncodingReport,
+        labelled: bool,
+        keep_start: bool,
+    ) -> list[Example]:
+        limit = self.options.max_length
+        if not labelled:
+            return [self._example(number, ids[-limit:], None)]
+        if len(ids) > limit:
+            report.truncated.append(number)
+            answer = sum(label != IGNORED for label in labels)
+            if keep_start or answer >= limit:
+                # One token of context stays, so that the first learned token is predicted from something.
+                start = 0 if keep_start else len(ids) - answer - 1
+                ids, labels = ids[start : start + limit], labels[start : start + limit]
+                report.cut_ends += 1
+            else:
+                ids, labels = ids[-limit:], labels[-limit:]
+        if all(label == IGNORED for label in labels[1:]):
+            report.unsupervised.append(number)
+            return []
+        return [self._example(number, ids, labels)]
+
+    def _example(self, number: int, ids: list[int], labels: list[int] | None) -> Example:
+        example: Example = {"row": number, "length": len(ids), "input_ids": ids}
+        return example if labels is None else example | {"labels": labels}
+
+
+def build(
+    options: TaskOptions, rows: Sequence[Row], where: Callable[[int], str], tokenizer: Any, base_config: Any
+) -> CausalLm:
+    """Checks that the tokenizer can end a text, and can render a conversation where that is needed.
+
+    Raises:
+        DataError: It cannot.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end-of-text token, so the model could not learn to stop")
+    if "messages" in options.columns and not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template for the column messages",
+            fix="use prompt and response columns, or a base with a chat template",
+        )
+    positions = getattr(base_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and options.max_length > positions:
+        raise DataError(
+            f"data.max_length is {options.max_length}, but the model has {positions} positions",
+            fix=f"set data.max_length: {positions}",
+        )
+    return restore(options, {}, tokenizer)
+
+
+def restore(options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> CausalLm:
+    """The task; it has no state."""
+    return CausalLm(options, tokenizer)
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    is_list = isinstance(messages, list) and messages
+    if not is_list or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        raise DataError("expected messages to be a list of {role, content}", where=where)
+    for message in messages:
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            raise DataError("expected role and content to be text", where=where)
+
+
+def _without_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages

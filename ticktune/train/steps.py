@@ -1,0 +1,157 @@
+"""The training loop: a generator of one report per optimizer step.
+
+It knows no task by name, no family and no file. Whoever iterates decides when to evaluate, save or stop.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ticktune.device import Compute, mix
+from ticktune.errors import NumericsError
+from ticktune.patch.attach import set_training
+from ticktune.tasks.task import Batch, Task
+
+_MAX_SKIPPED = 16
+"""fp16 steps that may be skipped in a row: from 2^16, the scaler's first scale, down to 1."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did.
+
+    Args:
+        step: Optimizer steps done, from 1.
+        loss: Mean over what the task counts in this batch.
+        lr: Learning rate of Q, r and U, or of the first group where there are none.
+        grad_norm: Norm of the whole gradient before clipping.
+        rows: Examples in the batch.
+        seconds: Time since the step began.
+        skipped: Whether fp16 overflowed, so that no parameter moved. The step still counts: the learning rate
+            is a function of its number, and its rows are not seen again in this epoch.
+        scale: The gradient scaler's scale; 1 without one.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    rows: int
+    seconds: float
+    skipped: bool
+    scale: float
+
+
+def train_steps(
+    model: nn.Module,
+    named: Sequence[tuple[str, nn.Parameter]],
+    task: Task,
+    batches: Iterable[list[Batch]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    compute: Compute,
+    *,
+    lr_factor: Callable[[int], float],
+    clip: float | None,
+    seed: int,
+    base_dropout: bool = True,
+    first_step: int = 0,
+) -> Iterator[StepReport]:
+    """Trains some parameters of a model.
+
+    The loss of a step is the mean over the whole batch, however it is cut into micro-batches. Dropout draws
+    from a generator that is seeded anew for each micro-batch by (seed, step, micro-batch), so nothing else that
+    uses random numbers, and no interruption, changes the run.
+
+    Args:
+        model: With or without ticks.
+        named: Names and parameters that are trained.
+        task: Gives weight, forward and loss.
+        batches: The batches that are still to come, each as a list of micro-batches.
+        optimizer: From :func:`ticktune.train.groups.build_optimizer`.
+        scaler: Active under fp16, else a pass-through.
+        compute: Device and precision.
+        lr_factor: Step number, from 0, to the share of the peak learning rate.
+        clip: Largest norm of the gradient, or None.
+        seed: The run's seed.
+        base_dropout: Whether the base's own dropout acts.
+        first_step: Steps that are done already.
+
+    Yields:
+        A report after each optimizer step.
+
+    Raises:
+        NumericsError: A loss or gradient is not finite; the parameters are then as before the step.
+    """
+    parameters = [parameter for _, parameter in named]
+    skipped_in_a_row = 0
+    for step, batch in enumerate(batches, start=first_step):
+        started = time.perf_counter()
+        set_training(model, True, base_dropout=base_dropout)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor(step)
+        weight = sum(task.weight(micro) for micro in batch)
+        loss = torch.zeros((), device=compute.device)
+        for number, micro in enumerate(batch):
+            loss += _backward(
+                model, task, compute.put(micro), weight, scaler, compute, mix(seed, step, number)
+            )
+        scaler.unscale_(optimizer)
+        norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+        value = float(loss)
+        overflow = scaler.is_enabled() and math.isfinite(value) and not math.isfinite(norm)
+        if not overflow and not (math.isfinite(norm) and math.isfinite(value)):
+            raise _not_finite(step, value, named)
+        scale = float(scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
+        if skipped_in_a_row > _MAX_SKIPPED:
+            raise NumericsError(
+                f"fp16 overflowed in {skipped_in_a_row} steps in a row",
+                where=f"step {step + 1}",
+                fix="use training.precision: bf16 or fp32, or a smaller optimizer.lr",
+            )
+        yield StepReport(
+            step=step + 1,
+            loss=value,
+            lr=optimizer.param_groups[0]["lr"],
+            grad_norm=norm,
+            rows=sum(len(next(iter(micro.values()))) for micro in batch),
+            seconds=time.perf_counter() - started,
+            skipped=overflow,
+            scale=scale,
+        )
+
+
+def _backward(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    weight: float,
+    scaler: torch.amp.GradScaler,
+    compute: Compute,
+    seed: int,
+) -> Tensor:
+    torch.manual_seed(seed)
+    with compute.autocast():
+        outputs = task.forward(model, batch)
+        loss = task.loss(outputs, batch) / weight
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def _not_finite(step: int, loss: float, named: Sequence[tuple[str, nn.Parameter]]) -> NumericsError:
+    where = f"step {step + 1}"
+    fix = "lower optimizer.lr, or use training.precision: fp32"
+    if not math.isfinite(loss):
+        return NumericsError(f"the loss is {loss}", where=where, fix=fix)
+    bad = [key for key, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return NumericsError(
+        f"the gradient of {', '.join(bad[:3]) or 'the model'} is not finite", where=where, fix=fix
+    )
