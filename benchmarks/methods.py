@@ -51,10 +51,14 @@ GRID: dict[str, list[float]] = {
 LORA = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "target_modules": ["query", "value"]}
 
 
-def build(method: str, lr: float, prepared: Prepared, seed: int) -> tuple[nn.Module, list[tuple[str, Any, nn.Parameter]], Optimizer]:
+def build(
+    method: str, lr: float, prepared: Prepared, seed: int
+) -> tuple[nn.Module, list[tuple[str, Any, nn.Parameter]], Optimizer]:
     """Returns the model, what is trained as (name, role, parameter), and the learning rates."""
     task = prepared.task
-    model, fresh = load_model(prepared.base, task.auto_class, dtype="float32", config=task.config(), seed=seed)
+    model, fresh = load_model(
+        prepared.base, task.auto_class, dtype="float32", config=task.config(), seed=seed
+    )
     if method == "PEFT LoRA":
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -63,12 +67,15 @@ def build(method: str, lr: float, prepared: Prepared, seed: int) -> tuple[nn.Mod
         model = get_peft_model(model, config)
         # In the harness's optimizer the role Q learns at lr; the head at head_lr.
         named = [
-            (name, "head" if "classifier" in name else "Q", p) for name, p in model.named_parameters() if p.requires_grad
+            (name, "head" if "classifier" in name else "Q", p)
+            for name, p in model.named_parameters()
+            if p.requires_grad
         ]
         return model, named, Optimizer(lr=lr, head_lr=HEAD_LR)
     if method == "full fine-tuning":
         named = [
-            (name, "head" if name in fresh else "Q" if p.ndim > 1 else "r", p) for name, p in model.named_parameters()
+            (name, "head" if name in fresh else "Q" if p.ndim > 1 else "r", p)
+            for name, p in model.named_parameters()
         ]
         return model, named, Optimizer(lr=lr, head_lr=HEAD_LR)
     attach(
@@ -85,7 +92,9 @@ def build(method: str, lr: float, prepared: Prepared, seed: int) -> tuple[nn.Mod
     return model, list(adapter_parameters(model)), rates
 
 
-def train_and_score(method: str, lr: float, seed: int, prepared: Prepared, compute: Compute) -> dict[str, Any]:
+def train_and_score(
+    method: str, lr: float, seed: int, prepared: Prepared, compute: Compute
+) -> dict[str, Any]:
     """One run: metrics after the last step, and how many parameters were trained."""
     recipe, examples = prepared.loaded.recipe, prepared.examples["train"]
     model, named, rates = build(method, lr, prepared, seed)
@@ -163,7 +172,9 @@ def main() -> None:
     quiet_transformers()
     console = Console(quiet=True)
     everything = prepare(load_recipe(RECIPE, arguments.overrides), console)
-    held_out = prepare(load_recipe(RECIPE, [*arguments.overrides, "data.validation={fraction: 0.1}"]), console)
+    held_out = prepare(
+        load_recipe(RECIPE, [*arguments.overrides, "data.validation={fraction: 0.1}"]), console
+    )
     compute = choose_compute("auto", "auto")
     document: dict[str, Any] = {"choosing": [], "runs": []}
     if arguments.output.exists():
@@ -172,7 +183,10 @@ def main() -> None:
         "what": "SST-2, MiniLM-L6: accuracy on the validation rows",
         "command": "python benchmarks/methods.py",
         "rows": {"train": len(everything.rows["train"]), "validation": len(everything.rows["validation"])},
-        "rows_while_choosing": {"train": len(held_out.rows["train"]), "validation": len(held_out.rows["validation"])},
+        "rows_while_choosing": {
+            "train": len(held_out.rows["train"]),
+            "validation": len(held_out.rows["validation"]),
+        },
         "grid": GRID,
         "head_lr": HEAD_LR,
         "lora": LORA,
@@ -187,7 +201,9 @@ def main() -> None:
             document[stage].append(train_and_score(method, lr, seed, prepared, compute))
             document["summary"] = summary(document)
             write_json(arguments.output, document)
-            sys.stderr.write(f"{stage}: {method} lr {lr:g} seed {seed}: {document[stage][-1]['metrics']['accuracy']:.4f}\n")
+            sys.stderr.write(
+                f"{stage}: {method} lr {lr:g} seed {seed}: {document[stage][-1]['metrics']['accuracy']:.4f}\n"
+            )
 
     for method, rates in GRID.items():
         for lr in rates:

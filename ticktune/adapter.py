@@ -15,6 +15,7 @@ from ticktune.patch.attach import (
     attach_plan,
     attachment_of,
     base_state,
+    detach,
     load_adapter_state,
 )
 from ticktune.report.card import adapter_card
@@ -112,20 +113,26 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(directory / TENSORS)
+        tensors: dict[str, Tensor] = load_file(directory / TENSORS)
     except SafetensorError as error:
         raise CheckpointError(f"the file is damaged: {error}", where=str(directory / TENSORS)) from error
+    return tensors
 
 
 def attach_adapter(model: nn.Module, directory: Path, facts: AdapterFacts) -> None:
     """Attaches what the facts describe and loads the tensors, all of them and nothing else.
 
     Raises:
-        CheckpointError: The adapter does not fit this model.
+        CheckpointError: The adapter does not fit this model, which then is as it was.
     """
+    tensors = read_tensors(directory)
     try:
         attach_plan(model, Plan(**facts.plan))
-        load_adapter_state(model, read_tensors(directory))
+        try:
+            load_adapter_state(model, tensors)
+        except PatchError:
+            detach(model)
+            raise
     except PatchError as error:
         raise CheckpointError(
             f"the adapter does not fit this model: {error}", where=str(directory)

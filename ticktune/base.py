@@ -42,6 +42,12 @@ class BaseFiles:
     directory: Path
     commit: str | None = None
 
+    @property
+    def public_name(self) -> str:
+        """The name without folders of this machine, for files that may be shared."""
+        is_named = self.commit is not None or self.name.startswith("package:")
+        return self.name if is_named else self.directory.resolve().name
+
 
 def quiet_transformers() -> None:
     """Turns off the progress bars and load reports of transformers and the Hub client in this process."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.console import Console
-from ticktune.errors import CheckpointError
+from ticktune.errors import CheckpointError, PatchError
 from ticktune.files import new_directory, read_json, verify_directory, write_json
 from ticktune.patch.attach import adapter_parameters, adapter_state, load_adapter_state
 
@@ -146,7 +146,10 @@ def restore_checkpoint(
             f"the checkpoint has the format {state.get('format')}, this version reads {FORMAT}",
             where=str(path),
         )
-    load_adapter_state(model, load_file(path / "adapter.safetensors"))
+    try:
+        load_adapter_state(model, load_file(path / "adapter.safetensors"))
+    except PatchError as error:
+        raise CheckpointError(f"the checkpoint does not fit this model: {error}", where=str(path)) from error
     _restore_optimizer(path, model, optimizer, load_file(path / "optimizer.safetensors"))
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])

@@ -211,7 +211,7 @@ def entry(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our pipe is gone; nothing more can be said to it, nor at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 141
     except Exception as error:  # noqa: BLE001 - the last net: a traceback is for --debug only
         return _unexpected(error, console, debug)
@@ -228,7 +228,7 @@ def _unexpected(error: Exception, console: Console, debug: bool) -> int:
     bug = TicktuneError(
         f"this is a bug in ticktune: {summary}", fix="run it again with --debug and report what it prints"
     )
-    bug.kind = "internal"  # type: ignore[misc]
+    bug.kind = "internal"
     console.error(bug)
     return 1
 

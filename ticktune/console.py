@@ -13,6 +13,7 @@ from ticktune.errors import TicktuneError
 # C0 and C1 controls and the bidirectional overrides: a terminal would obey them.
 _CONTROLS = {c: f"\\x{c:02x}" for c in (*range(0x20), 0x7F, *range(0x80, 0xA0))}
 _CONTROLS |= {c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029)}
+_JSON_CONTROLS = {c: f"\\u{c:04x}" for c in _CONTROLS if c >= 0x7F}  # json.dumps escapes the others itself
 
 
 def clean(text: object) -> str:
@@ -69,13 +70,13 @@ class Console:
             title: A line above the table.
         """
         if self.json:
-            _write(sys.stdout, json.dumps(document, ensure_ascii=False))
+            _write(sys.stdout, _json(document))
         else:
             self.table(rows, title)
 
     def line(self, document: dict[str, Any], text: str) -> None:
         """One of many answers: a JSON object a line when piped, else ``text``."""
-        _write(sys.stdout, json.dumps(document, ensure_ascii=False) if self.json else clean_lines(text))
+        _write(sys.stdout, _json(document) if self.json else clean_lines(text))
 
     def text(self, text: str) -> None:
         """Text for stdout as it is (a schema, a shell snippet)."""
@@ -182,6 +183,10 @@ def figure(value: float) -> str:
 def table_of(figures: Iterable[tuple[str, float]]) -> list[list[str]]:
     """Rows of a two-column table of named figures."""
     return [["metric", "value"], *([name, figure(value)] for name, value in figures)]
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, ensure_ascii=False).translate(_JSON_CONTROLS)
 
 
 def _write(stream: TextIO, text: str) -> None:

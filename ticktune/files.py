@@ -94,12 +94,14 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file of ours.
 
     Raises:
-        CheckpointError: It is missing or is not JSON.
+        CheckpointError: It is missing, cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError("the file is missing", where=str(path)) from None
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the file is damaged: {error}", where=str(path)) from error
 
@@ -156,14 +158,16 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def verify_directory(directory: Path) -> None:
-    """Compares every file of a directory with its manifest.
+    """Compares every file of a directory's manifest with what is there; other files may stand beside them.
 
     Raises:
-        CheckpointError: The manifest is missing, or a file is missing, added, cut or changed.
+        CheckpointError: The manifest is missing, or a file that it names is missing, cut or changed.
     """
     manifest = read_json(directory / MANIFEST)
     recorded = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(recorded, dict):
+    if not isinstance(recorded, dict) or not all(
+        isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys() for facts in recorded.values()
+    ):
         raise CheckpointError("the manifest is damaged", where=str(directory / MANIFEST))
     for name, facts in recorded.items():
         path = directory / name

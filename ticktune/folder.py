@@ -1,5 +1,6 @@
 """Run folders: what lies where, what state a run is in, and which folder a command means."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def report_path(self) -> Path:
+        """report.html: curves, tables, the recipe, the environment."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of training states."""
         return self.path / "checkpoints"
@@ -73,21 +79,22 @@ class RunFolder:
         """Writes the resolved recipe; its relative paths start from this folder."""
         write_text(self.recipe_path, dump_recipe(relocate(loaded.recipe, loaded.path.parent, self.path)))
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that a killed process left cut is passed over."""
+        entries = []
+        if self.metrics_path.exists():
+            for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entries.append(json.loads(line))
+                except ValueError:
+                    continue
+        return entries
+
     def trim_metrics(self, step: int) -> None:
         """Drops the lines of steps after ``step``, which will be done again."""
-        import json
-
-        if not self.metrics_path.exists():
-            return
-        kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the last line of a killed process may be cut
-            if entry.get("step", 0) <= step:
-                kept.append(line)
-        write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+        kept = [entry for entry in self.metrics() if entry.get("step", 0) <= step]
+        if self.metrics_path.exists():
+            write_text(self.metrics_path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
 
     def check_foreign(self) -> None:
         """Refuses a folder that holds something else than a run.

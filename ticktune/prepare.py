@@ -23,7 +23,7 @@ from ticktune.data.batches import split_rows
 from ticktune.data.encode import Encoded, encode_rows, tokenizer_identity
 from ticktune.data.read import Rows, read_rows
 from ticktune.device import Compute, choose_compute
-from ticktune.errors import BaseModelError, DataError, UsageError
+from ticktune.errors import BaseModelError, DataError, RecipeError, UsageError
 from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import read_json, verify_directory
 from ticktune.folder import Target
@@ -289,6 +289,10 @@ def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
             whole_text=whole,
             poll=poll,
         )
+    except RecipeError as error:
+        raise RecipeError(
+            str(error.problems[0].message), where=loaded.where(f"data.{name}"), fix=error.problems[0].fix
+        ) from error
     except DataError as error:
         named = [
             type(p)(p.message, f"{p.where} ({loaded.where(f'data.{name}')})", p.fix) for p in error.problems

@@ -2,70 +2,49 @@
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ticktune import checkpoint
 from ticktune.adapter import TENSORS as ADAPTER_TENSORS
-from ticktune.adapter import describe_adapter, read_facts, read_tensors, write_adapter
-from ticktune.base import fingerprint, load_model, load_tokenizer, quiet_transformers, stored_dtype
+from ticktune.adapter import read_facts, read_tensors
+from ticktune.base import load_model, load_tokenizer, quiet_transformers, stored_dtype
 from ticktune.console import Console, duration, figure, table_of
-from ticktune.data.batches import epoch_batches, micro_batches
-from ticktune.data.read import Rows, build_rows
-from ticktune.device import Compute, describe
+from ticktune.device import Compute
 from ticktune.errors import (
-    DataError,
     Interrupted,
     MinimumMissed,
     OutputError,
     RecipeError,
-    ResourceError,
     UsageError,
 )
-from ticktune.evaluate import compute_metrics, is_better, logits_of, predict, score
-from ticktune.export.save import Evidence, existing_export, verification_of, write_merged
+from ticktune.evaluate import predict, score
+from ticktune.export.save import existing_export, verification_of, write_merged
 from ticktune.export.widen import merge_obstacle
 from ticktune.files import (
-    append_line,
     check_writable,
     lock,
     new_directory,
     remove_leftovers,
     sha256_file,
-    sha256_json,
 )
-from ticktune.folder import RunFolder, Target, find_target, is_target, output_path, result_relevant
-from ticktune.patch.attach import adapter_parameters, adapter_state, attach, attachment_of, load_adapter_state
+from ticktune.folder import RunFolder, Target, find_target, is_target, output_path
+from ticktune.patch.attach import adapter_parameters, attach, attachment_of
 from ticktune.prepare import (
-    Loaded,
-    Prepared,
     base_of,
     encode,
-    facts_of,
     load_target,
     load_trainable,
     prepare,
-    read_file,
-    read_splits,
 )
 from ticktune.recipe.load import LoadedRecipe, load_recipe
-from ticktune.registry import TASKS
-from ticktune.report.card import adapter_card
+from ticktune.rows import evaluation_rows, evidence_of, prediction_rows
+from ticktune.session import Session, begin, recipe_identity
 from ticktune.signals import Signals, StopAsked, watched_signals
-from ticktune.tasks.task import Batch
-from ticktune.train.groups import build_optimizer, lr_factor
-from ticktune.train.steps import StepReport, train_steps
-from ticktune.versions import versions
 
-_VERIFY_VALUES = 60_000_000  # logits compared at export: enough rows for a proof, few enough to hold twice
-_VERIFY_ROWS = 1024
 _PREDICT_BATCH = 32
 
 
@@ -92,9 +71,8 @@ def train(recipe_path: Path, overrides: Sequence[str], console: Console, *, rest
         remove_leftovers(run.checkpoints)
         if restart:
             _forget(run)
-        record = run.record()
-        _refuse_changed_recipe(run, record, loaded)
-        if record.get("status") == "complete":
+        _refuse_changed_recipe(run, loaded)
+        if run.record().get("status") == "complete":
             console.note(f"{run.path}: already complete, nothing to do")
             _say_result(run, console)
             return
@@ -129,247 +107,13 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
         console.warn(f"the adapter will train, but not merge: {obstacle}")
     _check_trainable(model)
 
-    hashes = _hashes(prepared, model)
-    record = run.record()
-    _refuse_changed_inputs(run, record, hashes)
-    if not record:
-        run.write_recipe(loaded)
-        run.update(**_first_record(prepared, model, hashes))
-    session = _Session(prepared, model, run, console, signals)
-    session.go()
+    begin(prepared, model, run)
+    Session(prepared, model, run, console, signals).go()
 
 
 def _check_trainable(model: nn.Module) -> None:
     if not any(True for _ in adapter_parameters(model)):
         raise RecipeError("nothing would be trained", fix="give ticks.dim, norms.train or head.train")
-
-
-@dataclass
-class _Schedule:
-    """How a run divides into steps."""
-
-    per_epoch: int
-    total: int
-
-    @classmethod
-    def of(cls, recipe: Any, examples: int) -> "_Schedule":
-        per_epoch = math.ceil(examples / recipe.training.batch_size)
-        steps = recipe.training.steps
-        return cls(per_epoch, steps if steps is not None else per_epoch * (recipe.training.epochs or 3))
-
-    def due(self, step: int, every: Any) -> bool:
-        period = self.per_epoch if every == "epoch" else every
-        return bool(step % period == 0)
-
-
-class _Session:
-    """One stretch of training, from the newest checkpoint or the beginning to the end or a stop."""
-
-    def __init__(
-        self, prepared: Prepared, model: nn.Module, run: RunFolder, console: Console, signals: Signals
-    ) -> None:
-        self.prepared, self.model, self.run, self.console, self.signals = (
-            prepared,
-            model,
-            run,
-            console,
-            signals,
-        )
-        self.recipe = prepared.loaded.recipe
-        self.compute: Compute = prepared.compute
-        self.optimizer = build_optimizer(adapter_parameters(model), self.recipe.optimizer)
-        self.scaler = self.compute.scaler()
-        self.plan = _Schedule.of(self.recipe, len(prepared.examples["train"]))
-        self.progress = checkpoint.Progress()
-        self.best: dict[str, Tensor] | None = None
-        row = TASKS[self.recipe.task]
-        asked = self.recipe.evaluation.metric
-        self.metric = prepared.task.default_metric if asked == "auto" else asked
-        self.more_is_better = row.metrics[self.metric]
-        micro = self.recipe.training.micro_batch_size or self.recipe.training.batch_size
-        self.micro_batch_size = micro
-        self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, micro)
-
-    def go(self) -> None:
-        newest = checkpoint.newest_valid(self.run.checkpoints)
-        if newest is not None:
-            self.progress, self.best = checkpoint.restore_checkpoint(
-                newest, self.model, self.optimizer, self.scaler
-            )
-            self.console.note(
-                f"{self.run.path}: going on after step {self.progress.step} of {self.plan.total}"
-            )
-        self.run.trim_metrics(self.progress.step)
-        self.run.update(status="running")
-        try:
-            if not self.progress.history:
-                self._evaluate(first=True)
-            with _memory_named(self.recipe):
-                self._steps()
-        except StopAsked as stop:
-            raise self._interrupted(stop) from None
-        self._finish()
-
-    def _steps(self) -> None:
-        started = time.monotonic()
-        first = self.progress.step
-        reports = train_steps(
-            self.model,
-            [(key, parameter) for key, _, parameter in adapter_parameters(self.model)],
-            self.prepared.task,
-            self._batches(first),
-            self.optimizer,
-            self.scaler,
-            self.compute,
-            lr_factor=lambda step: lr_factor(step, self.plan.total, self.recipe.schedule),
-            clip=self.recipe.optimizer.clip,
-            seed=self.recipe.training.seed,
-            base_dropout=self.recipe.base.dropout == "keep",
-            first_step=first,
-        )
-        with self.console.progress(self.plan.total, first) as bar:
-            for report in reports:
-                self._account(report)
-                self._show(bar, report, first, started)
-                is_last = report.step == self.plan.total
-                if is_last or self.plan.due(report.step, self.recipe.evaluation.every):
-                    self._evaluate(bar=bar)
-                stop_early = self._out_of_patience()
-                if is_last or stop_early or self.plan.due(report.step, self.recipe.checkpoints.every):
-                    self._save()
-                if stop_early:
-                    bar.note(
-                        f"no better {self.metric} in {self.progress.bad_evaluations} evaluations: stopping"
-                    )
-                    return
-
-    def _batches(self, first: int) -> Iterator[list[Batch]]:
-        examples, task = self.prepared.examples["train"], self.prepared.task
-        training = self.recipe.training
-        step, epoch = first, first // self.plan.per_epoch
-        while step < self.plan.total:
-            order = epoch_batches(examples.lengths, training.batch_size, seed=training.seed, epoch=epoch)
-            for batch in order[step - epoch * self.plan.per_epoch :]:
-                if step >= self.plan.total:
-                    return
-                yield [
-                    task.collate(examples.take(part)) for part in micro_batches(batch, self.micro_batch_size)
-                ]
-                self.signals.poll()
-                step += 1
-            epoch += 1
-
-    def _account(self, report: StepReport) -> None:
-        progress = self.progress
-        progress.step = report.step
-        progress.skipped += report.skipped
-        progress.seconds += report.seconds
-        progress.rows += report.rows
-        if report.step % self.recipe.logging.every == 0 or report.step in (1, self.plan.total):
-            entry: dict[str, Any] = {
-                "step": report.step,
-                "epoch": round(report.step / self.plan.per_epoch, 4),
-                "loss": report.loss,
-                "lr": report.lr,
-                "grad_norm": report.grad_norm,
-                "rows_per_second": round(report.rows / report.seconds, 2),
-            }
-            if self.scaler.is_enabled():
-                entry |= {"scale": report.scale, "skipped": progress.skipped}
-            append_line(self.run.metrics_path, entry)
-
-    def _show(self, bar: Any, report: StepReport, first: int, started: float) -> None:
-        done = report.step - first
-        left = (time.monotonic() - started) / done * (self.plan.total - report.step)
-        speed = report.rows / report.seconds
-        bar.step(report.step, f"loss {report.loss:.4f}  lr {report.lr:.2e}  {speed:.0f} rows/s", left)
-
-    def _evaluate(self, *, first: bool = False, bar: Any = None) -> None:
-        examples = self.prepared.examples.get("validation")
-        progress = self.progress
-        if examples is None:
-            if first:
-                progress.history = [{"step": 0, "split": None, "metrics": {}}]
-            return
-        metrics = score(
-            self.model, self.prepared.task, examples, self.compute, self.evaluation_batch, self.signals.poll
-        )
-        entry = {"step": progress.step, "split": "validation", "metrics": metrics}
-        progress.history.append(entry)
-        append_line(self.run.metrics_path, entry)
-        value = metrics[self.metric]
-        if is_better(value, progress.best_score, self.more_is_better):
-            progress.best_score, progress.best_step, progress.bad_evaluations = value, progress.step, 0
-            self.best = {key: tensor.cpu().clone() for key, tensor in adapter_state(self.model).items()}
-        else:
-            progress.bad_evaluations += 1
-        shown = "  ".join(f"{name} {figure(number)}" for name, number in metrics.items())
-        say = bar.note if bar else self.console.note
-        say(f"step {progress.step}: validation {shown}")
-
-    def _out_of_patience(self) -> bool:
-        patience = self.recipe.evaluation.patience
-        return patience is not None and self.progress.bad_evaluations >= patience
-
-    def _save(self) -> Path:
-        return checkpoint.save_checkpoint(
-            self.run.checkpoints,
-            self.model,
-            self.optimizer,
-            self.scaler,
-            self.progress,
-            self.best,
-            keep=self.recipe.checkpoints.keep,
-        )
-
-    def _interrupted(self, stop: StopAsked) -> Interrupted:
-        started = time.monotonic()
-        saved = self._save()
-        self.run.update(status="interrupted")
-        seconds = time.monotonic() - started
-        return Interrupted(
-            f"stopped after step {self.progress.step} of {self.plan.total}; saved as {saved} in {seconds:.1f} s",
-            signal_number=stop.number,
-            fix="run the same command again to go on",
-        )
-
-    def _finish(self) -> None:
-        progress = self.progress
-        tensors = adapter_state(self.model)
-        step, history = progress.step, [e for e in progress.history if e["split"]]
-        if self.recipe.evaluation.save == "best" and self.best is not None and progress.best_step is not None:
-            tensors, step = self.best, progress.best_step
-        metrics = next((e["metrics"] for e in reversed(history) if e["step"] == step), {})
-        facts = describe_adapter(
-            self.model,
-            self.run.record()["base"],
-            model_class=self.prepared.task.auto_class,
-            task=self.prepared.task_facts(),
-        )
-        facts.training = {
-            "step": step,
-            "seed": self.recipe.training.seed,
-            "precision": self.compute.precision,
-            "recipe_sha256": sha256_json(result_relevant(self.recipe)),
-            "data": {name: {"rows": len(r), "sha256": r.sha256} for name, r in self.prepared.rows.items()},
-            "metrics_split": "validation" if metrics else None,
-            "metrics": metrics,
-            "versions": versions(),
-        }
-        write_adapter(self.run.adapter, tensors, facts, adapter_card(asdict(facts)))
-        self.run.update(
-            status="complete",
-            finished_at=_now(),
-            steps=progress.step,
-            chosen_step=step,
-            metric=self.metric,
-            metrics=metrics,
-            base_metrics=history[0]["metrics"] if history else {},
-            history=history,
-            skipped_steps=progress.skipped,
-            training_seconds=round(progress.seconds, 3),
-            rows_per_second=round(progress.rows / max(progress.seconds, 1e-9), 2),
-        )
 
 
 def evaluate(
@@ -401,7 +145,7 @@ def evaluate(
     target = find_target(target_name)
     _say_target(target, target_name, console)
     bounds = [_bound(text, True) for text in minimums] + [_bound(text, False) for text in maximums]
-    rows, name = _evaluation_rows(target, split, data)
+    rows, name = evaluation_rows(target, split, data)
     used = load_target(target, base=base)
     used.task.check(rows.as_list(), rows.where)
     examples = encode(used.task, rows, used.tokenizer_files)
@@ -445,7 +189,7 @@ def predict_rows(
     _say_target(target, words[0] if named else None, console)
     words = words[1:] if named else words
     used = load_target(target, base=base)
-    rows = _prediction_rows(words, used, lines)
+    rows = prediction_rows(words, used, lines)
     examples = encode(used.task, rows, used.tokenizer_files, labelled=False)
     for answer in predict(used.model, used.task, examples, used.compute, _PREDICT_BATCH):
         console.line(answer, _answer_text(answer))
@@ -545,7 +289,7 @@ def _export_merged(
     fp32 = Compute(torch.device("cpu"), "fp32")
     used = load_target(target, base=base, compute=fp32, dtype="float32")
     signals.poll()
-    evidence = _evidence(target, used, fp32)
+    evidence = evidence_of(target, used, fp32)
     signals.poll()
     stock, _ = load_model(files, str(facts.model_class), dtype="float32", config=used.task.config())
     document = write_merged(
@@ -567,63 +311,6 @@ def _export_merged(
     _say_export(place, document, console)
 
 
-def _evidence(target: Target, used: Loaded, compute: Compute) -> Evidence:
-    rows, _ = _evaluation_rows(target, None, None)
-    examples = encode(used.task, rows, used.tokenizer_files)
-    per_position = (
-        getattr(used.model.config, "vocab_size", 1) if used.facts.task["name"] == "causal-lm" else 0
-    )  # type: ignore[union-attr, index]
-    numbers: list[int] = []
-    budget = _VERIFY_VALUES
-    for number in range(min(len(examples), _VERIFY_ROWS)):
-        budget -= examples.lengths[number] * per_position
-        if budget < 0 and numbers:
-            break
-        numbers.append(number)
-    batches = [used.task.collate(examples.take(part)) for part in micro_batches(numbers, 16)]
-    ours = logits_of(used.model, used.task, batches, compute)
-    with _without_ticks(used.model):
-        base = logits_of(used.model, used.task, batches, compute)
-
-    def metrics(logits: Sequence[Tensor]) -> dict[str, float]:
-        found = used.task.metrics()
-        for batch, values in zip(batches, logits, strict=True):
-            used.task.update(found, _Logits(values.float()), batch)
-        return compute_metrics(found)
-
-    return Evidence(
-        batches=[used.task.inputs(batch) for batch in batches],
-        masks=[batch["attention_mask"].bool() if per_position else None for batch in batches],
-        ours=ours,
-        base=base,
-        decide=used.task.decide,
-        metrics=metrics,
-    )
-
-
-@dataclass(frozen=True)
-class _Logits:
-    logits: Tensor
-
-
-@contextmanager
-def _without_ticks(model: nn.Module) -> Iterator[None]:
-    """The base with the trained head: P = 0, and the norms as they were."""
-    record = attachment_of(model)
-    kept = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
-    plain = dict(kept)
-    for key in kept:
-        if key.endswith(".ffn.P"):
-            plain[key] = torch.zeros_like(kept[key])
-        elif key in record.frozen_norms:
-            plain[key] = record.frozen_norms[key].detach().float()
-    load_adapter_state(model, plain)
-    try:
-        yield
-    finally:
-        load_adapter_state(model, kept)
-
-
 def refuse_several_processes() -> None:
     """Refuses a distributed launch: one device for now.
 
@@ -637,59 +324,6 @@ def refuse_several_processes() -> None:
             where="environment",
             fix="start one process, without torchrun, or unset WORLD_SIZE",
         )
-
-
-def _evaluation_rows(target: Target, split: str | None, data: Path | None) -> tuple[Rows, str]:
-    facts = facts_of(target)
-    if data is not None:
-        return read_file(data, facts, labelled=True), data.name
-    loaded = target.recipe()
-    if loaded is None:
-        raise UsageError(
-            "this folder belongs to no run, so its data are not known",
-            where=target.name,
-            fix="add --data FILE",
-        )
-    known = [
-        name for name in ("test", "validation", "train") if getattr(loaded.recipe.data, name) is not None
-    ]
-    if split is None:
-        split = next((name for name in known if name != "train"), None)
-        if split is None:
-            raise DataError(
-                "the recipe has no test or validation rows", where=target.name, fix="add --data FILE"
-            )
-    if split not in known:
-        raise UsageError(
-            f"the recipe has no {split} rows", where="--split", fix=f"one of: {', '.join(known)}"
-        )
-    return read_splits(loaded, names=(split,))[split], split
-
-
-def _prediction_rows(words: Sequence[str], used: Loaded, lines: Callable[[], str]) -> Rows:
-    facts = used.facts
-    assert facts.task is not None
-    row = TASKS[facts.task["name"]]
-    if len(words) == 1 and words[0] != "-" and Path(words[0]).is_file():
-        path = Path(words[0])
-        if path.suffix != ".txt":
-            return read_file(path, facts, labelled=False)
-        texts, name = path.read_text(encoding="utf-8-sig").split("\n"), str(path)
-    elif not words or list(words) == ["-"]:
-        texts, name = lines().split("\n"), "standard input"
-    else:
-        texts, name = list(words), "command line"
-    column = next(c for c in ("text", "prompt", "messages") if c in used.task.options.columns)  # type: ignore[attr-defined]
-    if "text_pair" in used.task.options.columns:  # type: ignore[attr-defined]
-        raise UsageError("this task reads pairs of texts", fix="give a jsonl or csv file with both columns")
-    records: list[tuple[int, dict[str, Any]]] = []
-    for number, text in enumerate(texts, start=1):
-        if text.strip():
-            value: Any = [{"role": "user", "content": text}] if column == "messages" else text.rstrip("\r")
-            records.append((number, {column: value}))
-    if not records:
-        raise DataError("there is no text to predict", where=name)
-    return build_rows(records, row, {column: column}, name, labelled=False)
 
 
 def _answer_text(answer: dict[str, Any]) -> str:
@@ -711,47 +345,12 @@ def _bound(text: str, at_least: bool) -> tuple[str, float, bool]:
         ) from None
 
 
-def _hashes(prepared: Prepared, model: nn.Module) -> dict[str, Any]:
-    facts = prepared.task_facts()
-    return {
-        "base": fingerprint(prepared.base, head=attachment_of(model).plan.head),
-        "data": {name: rows.sha256 for name, rows in prepared.rows.items() if name != "test"},
-        "tokenizer": sha256_json(facts["tokenizer"]),
-    }
-
-
-def _first_record(prepared: Prepared, model: nn.Module, hashes: dict[str, Any]) -> dict[str, Any]:
-    trained = sum(p.numel() for _, _, p in adapter_parameters(model))
-    total = sum(p.numel() for p in model.parameters())
-    base = prepared.base
-    return {
-        "status": "running",
-        "started_at": _now(),
-        "recipe": result_relevant(prepared.loaded.recipe),
-        "hashes": hashes,
-        "base": {
-            "name": Path(base.name).name if (prepared.loaded.path.parent / base.name).is_dir() else base.name,
-            "commit": base.commit,
-            "fingerprint": hashes["base"],
-        },
-        "rows": {name: len(rows) for name, rows in prepared.rows.items()},
-        "trained_parameters": trained,
-        "base_parameters": total - trained,
-        "compute": describe(prepared.compute) | {"base_dtype": prepared.dtype},
-        "versions": versions(),
-    }
-
-
-def _refuse_changed_recipe(run: RunFolder, record: dict[str, Any], loaded: LoadedRecipe) -> None:
-    if not record:
+def _refuse_changed_recipe(run: RunFolder, loaded: LoadedRecipe) -> None:
+    before = run.record().get("recipe")
+    if before is None:
         return
-    from ticktune.folder import relocate
-
-    before, now = record["recipe"], result_relevant(loaded.recipe)
-    then = load_recipe(run.recipe_path).recipe if run.recipe_path.exists() else loaded.recipe
-    moved = result_relevant(relocate(loaded.recipe, loaded.path.parent, run.path))
-    old = result_relevant(then)
-    keys = sorted(key for key in old.keys() | moved.keys() if old.get(key) != moved.get(key))
+    now = recipe_identity(loaded, run)
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if keys:
         changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
         raise OutputError(
@@ -761,44 +360,18 @@ def _refuse_changed_recipe(run: RunFolder, record: dict[str, Any], loaded: Loade
         )
 
 
-def _refuse_changed_inputs(run: RunFolder, record: dict[str, Any], hashes: dict[str, Any]) -> None:
-    before = record.get("hashes")
-    if before is None:
-        return
-    changed = [name for name in ("base", "tokenizer") if before[name] != hashes[name]]
-    changed += [f"data.{n}" for n in hashes["data"] if before["data"].get(n) != hashes["data"][n]]
-    if changed:
-        raise OutputError(
-            f"{', '.join(changed)} changed since this run began",
-            where=str(run.path),
-            fix="choose another output, or start over with --restart",
-        )
-
-
 def _forget(run: RunFolder) -> None:
     import shutil
 
     for path in (run.checkpoints, run.adapter):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (run.record_path, run.recipe_path, run.metrics_path, run.path / "report.html"):
+    for path in (run.record_path, run.recipe_path, run.metrics_path, run.report_path):
         path.unlink(missing_ok=True)
 
 
 def _refuse_source(place: Path, source: Path) -> None:
     if place.exists() and source.exists() and place.resolve() == source.resolve():
         raise UsageError("this folder is the source itself", where=str(place), fix="choose another -o")
-
-
-@contextmanager
-def _memory_named(recipe: Any) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(
-            f"out of memory with training.batch_size {recipe.training.batch_size} and data.max_length "
-            f"{recipe.data.max_length}",
-            fix="lower training.micro_batch_size, data.max_length or ticks.layers (last:N)",
-        ) from error
 
 
 def _say_target(target: Target, named: str | None, console: Console) -> None:
@@ -846,7 +419,3 @@ def _say_export(place: Path, document: dict[str, Any], console: Console) -> None
         rows.append(["predictions changed by the cast", f"{cast['changed']}/{cast['decisions']}"])
     shown = {k: document[k] for k in ("dtype", "widths", "verification", "cast")}
     console.result({"merged": str(place), **shown}, rows)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -10,9 +10,9 @@ _CHUNK_BATCHES = 50
 def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """Returns the batches of one epoch as lists of example numbers.
 
-    The examples are shuffled; within chunks of 50 batches they are sorted by length, cut into batches, and the
-    batches shuffled: little padding, and still a fresh order in every epoch. Every example appears once; the
-    last batch of the epoch may be smaller.
+    The examples are shuffled; within chunks of 50 batches they are sorted by length, cut into batches, and
+    the batches shuffled: little padding, and still a fresh order in every epoch. Every example appears once;
+    where the numbers do not divide, one batch is smaller.
 
     Args:
         lengths: Length of each example in tokens.

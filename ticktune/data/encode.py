@@ -66,7 +66,9 @@ def encode_rows(
     import datasets
 
     cached = len(rows) >= _CACHE_FROM_ROWS
-    target = _cache_directory() / sha256_json([_FORMAT, rows.sha256, rows.lines, identity, labelled])
+    target = _cache_directory() / sha256_json(
+        [_FORMAT, rows.sha256, rows.templates, rows.lines, identity, labelled]
+    )
     found = _load(target, rows) if cached else None
     if found is None:
         report = EncodingReport()
@@ -106,8 +108,8 @@ def _check_report(report: EncodingReport, rows: Rows, examples: int) -> None:
         return
     places = ", ".join(rows.where(i) for i in report.unsupervised[:3])
     raise DataError(
-        f"{count} of {len(rows)} rows ({100 * count / len(rows):.0f} %) have nothing to learn from after cutting to "
-        f"max_length{': ' + places if places else ''}",
+        f"{count} of {len(rows)} rows ({100 * count / len(rows):.0f} %) have nothing to learn from after "
+        f"cutting to max_length{': ' + places if places else ''}",
         where=rows.source,
         fix="raise data.max_length, or remove these rows",
     )

@@ -4,10 +4,11 @@ import csv
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,14 @@ class Rows:
         lines: The line in the file where each row starts, from 1.
         source: The file, or the Hub set, as the recipe calls it.
         sha256: Of the file's bytes, or of the values where there is no file.
+        templates: Task column -> the file's column or template that it was made from.
     """
 
     dataset: "Dataset"
     lines: list[int]
     source: str
     sha256: str
+    templates: dict[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -53,11 +56,13 @@ class Rows:
 
     def as_list(self) -> list[dict[str, Any]]:
         """All rows as dicts."""
-        return self.dataset.to_list()
+        rows: list[dict[str, Any]] = self.dataset.to_list()
+        return rows
 
     def select(self, numbers: Sequence[int]) -> "Rows":
         """The rows with these numbers, in this order."""
-        return Rows(self.dataset.select(numbers), [self.lines[i] for i in numbers], self.source, self.sha256)
+        lines = [self.lines[i] for i in numbers]
+        return Rows(self.dataset.select(numbers), lines, self.source, self.sha256, self.templates)
 
 
 def read_rows(
@@ -116,9 +121,7 @@ def build_rows(
     lines: list[int] = []
     values: dict[str, list[Any]] = {}
     templates: dict[str, str] = {}
-    for line, record in records:
-        if limit is not None and len(lines) >= limit:
-            break
+    for line, record in itertools.islice(records, limit):
         if not lines:
             templates = _templates(task, columns, record, f"{name}:{line}", labelled)
             values = {column: [] for column in templates}
@@ -131,6 +134,8 @@ def build_rows(
         raise DataError("there are no rows", where=name)
     try:
         dataset = datasets.Dataset.from_dict(values)
+    except OverflowError as error:
+        raise DataError("a number has more than 64 bits", where=name, fix="write it as text") from error
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         column, i, j = _mixed(values)
         raise DataError(
@@ -139,7 +144,7 @@ def build_rows(
             where=f"{name}:{lines[i]}",
             fix="write all of them in one way",
         ) from error
-    return Rows(dataset, lines, name, digest or hashlib.sha256(repr(values).encode()).hexdigest())
+    return Rows(dataset, lines, name, digest or hashlib.sha256(repr(values).encode()).hexdigest(), templates)
 
 
 def _templates(
@@ -147,7 +152,7 @@ def _templates(
 ) -> dict[str, str]:
     known = frozenset().union(*task.columns) | task.optional_columns
     if not columns:
-        columns = {name: name for name in known if name in record}
+        columns = {name: name for name in sorted(known) if name in record}
     answers = task.label_columns
     fits = [s for s in task.columns if (s if labelled else s - answers) <= columns.keys()]
     if not fits:
@@ -177,15 +182,13 @@ def _templates(
 
 def _value(template: str, record: dict[str, Any], column: str, task: TaskRow, where: str) -> Any:
     fields = _FIELD.findall(template)
-    for field in fields or [template]:
-        if field not in record:
-            raise DataError(f"the column {field} is missing in this row", where=where)
+    for name in fields or [template]:
+        if name not in record:
+            raise DataError(f"the column {name} is missing in this row", where=where)
     if fields:
         return _FIELD.sub(lambda m: _text(record[m[1]], m[1], where), template)
     value = record[template]
-    if column in task.label_columns and column != "response":
-        return value
-    if isinstance(value, list | dict):
+    if column == "messages" or (column in task.label_columns and column != "response"):
         return value
     return _text(value, template, where)
 
@@ -193,7 +196,7 @@ def _value(template: str, record: dict[str, Any], column: str, task: TaskRow, wh
 def _text(value: Any, column: str, where: str) -> str:
     if value is None or isinstance(value, list | dict):
         raise DataError(
-            f"expected text in the column {column}, found {'nothing' if value is None else value!r}",
+            f"expected text in the column {column}, found {'nothing' if value is None else repr(value)}",
             where=where,
         )
     return str(value)
@@ -202,10 +205,15 @@ def _text(value: Any, column: str, where: str) -> str:
 def _mixed(values: dict[str, list[Any]]) -> tuple[str, int, int]:
     for column, items in values.items():
         for i, item in enumerate(items):
-            if type(item) is not type(items[0]):
+            if _kind(item) != _kind(items[0]):
                 return column, 0, i
     column = next(iter(values))
     return column, 0, 0
+
+
+def _kind(value: Any) -> set[str]:
+    items = value if isinstance(value, list) else [value]
+    return {type(value).__name__, *(type(item).__name__ for item in items)}
 
 
 def _read_file(path: Path, whole_text: bool) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -245,6 +253,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(_MAX_LINE)  # the default, 128 KiB, is less than a long document
     reader = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
@@ -309,8 +318,7 @@ def _read_hub(source: Source, split: str) -> Iterator[tuple[int, dict[str, Any]]
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"the Hub set cannot be read: {reason}", where=f"hub {source.hub}") from error
-    for number, record in enumerate(dataset, start=1):
-        yield number, record
+    yield from enumerate(dataset, start=1)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -323,15 +331,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 return
             if len(data) > _MAX_LINE:
                 raise DataError(f"the line is longer than {_MAX_LINE >> 20} MiB", where=f"{path}:{number}")
-            if number == 1:
-                data = data.removeprefix(b"\xef\xbb\xbf")
             yield number, _decode(data, f"{path}:{number}", offset).rstrip("\r\n")
             offset += len(data)
 
 
 def _text_of(path: Path) -> str:
     with _open(path) as file:
-        return _decode(file.read().removeprefix(b"\xef\xbb\xbf"), str(path), 0)
+        return _decode(file.read(), str(path), 0)
 
 
 def _open(path: Path) -> Any:
@@ -369,8 +375,8 @@ def _decode(data: bytes, where: str, offset: int) -> str:
             f"byte {offset + error.start} is not UTF-8", where=where, fix="save the file as UTF-8"
         ) from error
     if "\0" in text:
-        raise DataError(f"byte {offset + text.index(chr(0))} is NUL: not a text file", where=where)
-    return text
+        raise DataError(f"byte {offset + data.index(0)} is NUL: not a text file", where=where)
+    return text.removeprefix("\ufeff") if offset == 0 else text
 
 
 def _json(text: str, where: str) -> Any:
@@ -398,8 +404,16 @@ def _record(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"expected an object with columns, found {type(value).__name__}", where=where)
     for key, item in value.items():
-        if isinstance(item, str) and any(0xD800 <= ord(c) <= 0xDFFF for c in item):
+        if _has_surrogate(item):
             raise DataError(
                 f"the column {key} holds half of a surrogate pair, which is not text", where=where
             )
     return value
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_surrogate(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(_has_surrogate(item) for item in value)
+    return isinstance(value, str) and any(0xD800 <= ord(c) <= 0xDFFF for c in value)

@@ -1,5 +1,6 @@
 """Writes a merged folder: widened, verified, cast, and only then put in its place."""
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ticktune.adapter import AdapterFacts
 from ticktune.errors import ExportError
-from ticktune.export.verify import Decide, Verification, compare, stock_logits
+from ticktune.export.verify import Decide, Verification, compare, distance, stock_logits
 from ticktune.export.widen import widen
 from ticktune.files import new_directory, read_json, verify_directory, write_json, write_text
 from ticktune.patch.attach import Plan
@@ -83,7 +84,7 @@ def write_merged(
     """
     plan = Plan(**facts.plan)
     auto_class = facts.model_class or type(model).__name__
-    _refuse_not_finite(tensors)
+    refuse_not_finite(tensors)
     with (
         tempfile.TemporaryDirectory(prefix="ticktune-") as name,
         new_directory(target, replace=replace) as temporary,
@@ -152,7 +153,9 @@ def _put_head(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
 def _drift(
     evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor], dtype: str
 ) -> dict[str, Any]:
-    largest = max(float((a.float() - b.float()).abs().max()) for a, b in zip(before, after, strict=True))
+    largest = max(distance(a, b, m) for a, b, m in zip(before, after, evidence.masks, strict=True))
+    if math.isinf(largest):
+        raise ExportError(f"in {dtype} the logits are not finite", fix="export with --dtype float32")
     total = changed = 0
     for a, b, mask in zip(before, after, evidence.masks, strict=True):
         mine, theirs = evidence.decide(a.float())[0], evidence.decide(b.float())[0]
@@ -169,7 +172,12 @@ def _drift(
     }
 
 
-def _refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+def refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+    """Refuses to export NaN or infinity.
+
+    Raises:
+        ExportError: Naming the tensor.
+    """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ExportError(f"the tensor {name} holds NaN or infinity")

@@ -81,7 +81,9 @@ def stock_logits(
     with tempfile.TemporaryDirectory(prefix="ticktune-") as name:
         directory = Path(name)
         inputs = {
-            f"{i}.{k}": v.contiguous().cpu() for i, batch in enumerate(batches) for k, v in batch.items()
+            f"{i}.{k}": v.cpu().contiguous().clone()
+            for i, batch in enumerate(batches)
+            for k, v in batch.items()
         }
         save_file(inputs, directory / "inputs.safetensors")
         request = {
@@ -149,13 +151,18 @@ def compare(
         tolerance: Relative to max(1, largest logit).
 
     Raises:
-        ExportError: A difference is over its tolerance, or a prediction changed that is no near tie.
+        ExportError: A difference is over its tolerance, a prediction changed that is no near tie, or a logit is
+            not finite.
     """
-    difference = max(_distance(a, b, m) for a, b, m in zip(ours, merged, masks, strict=True))
-    scale = max(1.0, max(float(a.abs().max()) for a in ours))
+    counted = [_counted(a, m) for a, m in zip(ours, masks, strict=True)]
+    # An infinite logit would make the tolerance infinite, and then anything would be equal.
+    if not all(bool(torch.isfinite(a).all()) for a in counted):
+        raise ExportError("the logits of base + adapter hold NaN or infinity")
+    scale = max([1.0, *(float(a.abs().max()) for a in counted if a.numel())])
+    difference = max(distance(a, b, m) for a, b, m in zip(ours, merged, masks, strict=True))
     allowed = tolerance * scale
-    control_difference = max(_distance(a, b, m) for a, b, m in zip(base, control, masks, strict=True))
-    effect = max(_distance(a, b, m) for a, b, m in zip(ours, base, masks, strict=True))
+    control_difference = max(distance(a, b, m) for a, b, m in zip(base, control, masks, strict=True))
+    effect = max(distance(a, b, m) for a, b, m in zip(ours, base, masks, strict=True))
     decisions = changed = ties = 0
     for a, b, mask in zip(ours, merged, masks, strict=True):
         (mine, margin), (theirs, _) = decide(a), decide(b)
@@ -189,15 +196,23 @@ def compare(
     return found
 
 
-def _distance(a: Tensor, b: Tensor, mask: Tensor | None) -> float:
+def distance(a: Tensor, b: Tensor, mask: Tensor | None) -> float:
+    """Largest difference of a logit at the positions that count; infinite where one is NaN.
+
+    Raises:
+        ExportError: The shapes differ.
+    """
     if a.shape != b.shape:
         raise ExportError(
             f"the merged folder's logits have the shape {tuple(b.shape)}, expected {tuple(a.shape)}"
         )
-    delta = (a.double() - b.double()).abs()
-    if mask is not None and delta.shape[: mask.ndim] == mask.shape:
-        delta = delta[mask]
+    delta = _counted((a.double() - b.double()).abs(), mask)
     if not delta.numel():
         return 0.0
     largest = float(delta.max())
     return math.inf if math.isnan(largest) else largest  # max() of Python would lose a NaN
+
+
+def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values at the positions that count; all where the mask is not one of positions."""
+    return values if mask is None or values.shape[: mask.ndim] != mask.shape else values[mask]

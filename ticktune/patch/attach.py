@@ -1,6 +1,7 @@
 """Ticks and trained norms on one model instance: attach, detach, parameters by role."""
 
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +22,7 @@ _SLOTS = {"attention": ("attention", "attention_post"), "ffn": ("ffn", "ffn_post
 _NOT_BY_DEFAULT = ("q", "k")
 # Parts inside the body that belong to the task, not to the pretrained function of the layers.
 _BODY_HEADS = ("pooler.*",)
+_LAYERS = re.compile(r"(first|last):(\d+)|(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,11 @@ def attach(
         The same model.
 
     Raises:
-        PatchError: The family is unknown, a layer or stack does not exist, or the form does not fit.
+        PatchError: The family is unknown, a layer or stack does not exist, the form does not fit, or a number is
+            out of its range.
     """
+    if dim < 0 or not 0 <= dropout < 1:
+        raise PatchError(f"expected dim >= 0 and dropout in [0, 1), found {dim} and {dropout}")
     layout = find_layout(model)
     chosen = select_layers(layers, layout.sizes)
     has_ticks = dim > 0 and any(chosen.values())
@@ -127,6 +132,7 @@ def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int
     if attachment_of(model, missing_ok=True):
         raise PatchError("this model has ticks already", fix="call ticktune.detach(model) first")
     record = Attachment(plan, find_layout(model))
+    _check_plan(model, plan, record.layout)  # before anything is changed, as there is no way back halfway
     record.required_grad = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
 
@@ -139,8 +145,6 @@ def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int
             record.handles += tick.attach(ffn.gate if ffn.gate is not None else ffn.up, ffn.down)
 
     for key in plan.norms:
-        if key not in record.layout.norms:
-            raise PatchError(f"this model has no norm {key}")
         norm = record.layout.norms[key]
         record.frozen_norms |= {f"{key}.{name}": norm.get_parameter(name) for name in own_parameters(norm)}
         record.handles += train_norm(norm)
@@ -329,8 +333,10 @@ def choose_form(form: str, layout: Layout) -> Form:
     """Returns the tick form: ``auto`` follows the model's own blocks.
 
     Raises:
-        PatchError: Gated ticks were asked for on plain blocks.
+        PatchError: Gated ticks were asked for on plain blocks, or there is no such form.
     """
+    if form not in ("auto", "plain", "gated"):
+        raise PatchError(f"there is no form {form!r} of ticks", fix="use auto, plain or gated")
     is_gated = layout.ffns[0].is_gated
     if form == "gated" and not is_gated:
         raise PatchError(
@@ -419,20 +425,37 @@ def _tick(ffn: Ffn, dim: int, form: Form, dropout: float, generator: torch.Gener
     )
 
 
+def _check_plan(model: nn.Module, plan: Plan, layout: Layout) -> None:
+    choose_form(plan.form, layout)
+    select_layers(plan.layers, layout.sizes)
+    for key in plan.norms:
+        if key not in layout.norms:
+            raise PatchError(f"this model has no norm {key}")
+        own_parameters(layout.norms[key])
+    names = {name for name, _ in model.named_parameters()}
+    for name in plan.head:
+        if name not in names:
+            raise PatchError(f"this model has no head parameter {name}")
+
+
 def _numbers(selection: Any, stack: str, size: int) -> list[int]:
     if selection == "all":
         return list(range(size))
     if selection == "none":
         return []
-    if isinstance(selection, str):
-        kind, colon, count = selection.partition(":")
-        if colon:
-            numbers = list(range(int(count))) if kind == "first" else list(range(size - int(count), size))
-        else:
-            low, high = (int(part) for part in selection.split("-"))
-            numbers = list(range(low, high + 1))
-    else:
+    match = _LAYERS.fullmatch(selection) if isinstance(selection, str) else None
+    if match is not None and match[1]:
+        count = int(match[2])
+        numbers = list(range(count)) if match[1] == "first" else list(range(size - count, size))
+    elif match is not None and int(match[3]) <= int(match[4]):
+        numbers = list(range(int(match[3]), int(match[4]) + 1))
+    elif isinstance(selection, list | tuple | range):
         numbers = list(selection)
+    else:
+        raise PatchError(
+            f"ticks.layers {selection!r} is no selection of layers",
+            fix="use all, none, last:3, first:2, 4-11 or a list of numbers",
+        )
     outside = [n for n in numbers if not 0 <= n < size]
     if outside:
         raise PatchError(
@@ -448,4 +471,5 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # A float32 head on a half-precision body, outside autocast.
-    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    dtype = next(module.parameters(recurse=False)).dtype
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

@@ -124,8 +124,6 @@ def _bart_stack(name: str, **norms: Names) -> Stack:
     )
 
 
-_QK_NORMS: dict[str, Names] = {"q": ("self_attn.q_norm",), "k": ("self_attn.k_norm",)}
-
 FAMILIES: dict[str, tuple[Stack, ...]] = {
     "bert": _post_norm_encoder(),
     "roberta": _post_norm_encoder(),
@@ -163,7 +161,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "mistral": _llama_like(),
     "gemma": _llama_like(),
     "qwen2": _llama_like(),
-    "qwen3": _llama_like(**_QK_NORMS),
+    "qwen3": _llama_like(q=("self_attn.q_norm",), k=("self_attn.k_norm",)),
     "phi3": _llama_like(Shape("mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn", fused=True)),
     "t5": (_t5_stack("encoder", 1), _t5_stack("decoder", 2, cross_attention=("layer.1.layer_norm",))),
     "bart": (_bart_stack("encoder"), _bart_stack("decoder", cross_attention=("encoder_attn_layer_norm",))),

@@ -130,7 +130,8 @@ class Tick(nn.Module):
     def _add(self, down: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x, self._input = self._input, None
         assert x is not None, "down was called without up"
-        return output + self(x).to(output.dtype)
+        added: Tensor = self(x)
+        return output + added.to(output.dtype)
 
     def _drop(self, hidden: Tensor) -> Tensor:
         if self._base_dropout is not None:

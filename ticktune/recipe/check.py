@@ -78,7 +78,7 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
             wrong(
                 f"data.columns.{column}", f"only plain {{column}} names can stand in a template, found {name}"
             )
-    named = frozenset(data.columns) - row.optional_columns
+    named = frozenset(data.columns) & known - row.optional_columns
     if named and not any(named <= columns for columns in row.columns):
         sets = " or ".join("+".join(sorted(columns)) for columns in row.columns)
         wrong("data.columns", f"expected {sets}, found {'+'.join(sorted(named))}")

@@ -21,6 +21,7 @@ from ticktune.registry import TASKS
 
 _MAX_BYTES = 1_000_000
 _MAX_DEPTH = 32
+_MAX_SHOWN = 80  # characters of a value in a message
 _SPLITS = ("train", "validation", "test")
 
 # YAML 1.2's core schema: 1e-4 is a number, and 010, 12:30 and 2024-01-01 are not.
@@ -72,13 +73,20 @@ class Tree:
     def where(self, path: Path_) -> str:
         """``file:line:column dotted.key`` of a path, or of the nearest parent that has a place."""
         name = dotted(path)
+        if self.is_from_command_line(path):
+            return f"command line: {name}"
         for length in range(len(path), -1, -1):
-            if path[:length] in self.command_line:
-                return f"command line: {name}"
             if path[:length] in self.marks:
                 mark = self.marks[path[:length]]
                 return f"{self.source}:{mark.line}:{mark.column}" + (f" {name}" if name else "")
         return f"{self.source} {name}" if name else self.source
+
+    def is_from_command_line(self, path: Path_) -> bool:
+        """Whether the value of a path was given, or its group begun, on the command line."""
+        return any(
+            path[: len(given)] == given or (path not in self.marks and given[: len(path)] == path)
+            for given in self.command_line
+        )
 
 
 @dataclass(frozen=True)
@@ -138,13 +146,26 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Returns the recipe as YAML, every default spelled out."""
-    return yaml.safe_dump(
+    return yaml.dump(
         recipe.model_dump(mode="json"),
+        Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=None,
         width=100,
     )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that :func:`plain_scalar` would read as something else, such as 1e-4 and y."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_safe = type(plain_scalar(text)) is str
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_safe else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def parse_yaml(text: str, source: str) -> Tree:
@@ -209,7 +230,8 @@ def _yaml_files(directory: Path) -> list[str]:
 def _check_events(text: str, source: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        place = f"{source}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        mark = event.start_mark
+        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise RecipeError("anchors and aliases are not used in recipes", where=place, fix="write it out")
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag not in (None, "!"):
@@ -242,7 +264,10 @@ def _build(node: yaml.Node, path: Path_, tree: Tree) -> Any:
         key_line, key_column = key_node.start_mark.line + 1, key_node.start_mark.column + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
             tree.problems.append(
-                Problem("a key must be a plain word", f"{tree.source}:{key_line}:{key_column} {dotted(path)}")
+                Problem(
+                    "a key must be a plain word",
+                    f"{tree.source}:{key_line}:{key_column} {dotted(path)}".rstrip(),
+                )
             )
             continue
         key = key_node.value
@@ -346,7 +371,12 @@ def _problem(tree: Tree, detail: Any) -> Problem:
     if kind == "missing":
         return Problem("this key is needed", where, _help_of(path))
     if kind == "value_error":
-        return Problem(str(context["error"]) + _found(tree, path, found), where)
+        said = str(context["error"])  # of an unquoted word it shows the value itself
+        return Problem(
+            said if said.startswith("unquoted") else f"{said}, found {_shown(tree, path, found)}", where
+        )
+    if kind == "string_pattern_mismatch":
+        return Problem(f"expected {_help_of(path).rstrip('.')}, found {_shown(tree, path, found)}", where)
     if kind == "literal_error":
         near = difflib.get_close_matches(str(found), re.findall(r"'([^']*)'", context["expected"]), 1)
         fix = f"did you mean {near[0]}?" if near else ""
@@ -387,28 +417,27 @@ def _expected(kind: str, context: dict[str, Any]) -> tuple[str, str]:
         return "true or false", "write true or false"
     if kind == "finite_number":
         return "a finite number", ""
-    if kind == "string_pattern_mismatch":
-        return f"text like {context['pattern']}", ""
     if kind.startswith("string"):
         return "text", ""
     if kind.startswith(("model", "dict")):
         return "a group of keys and values", ""
     if kind.startswith(("list", "too_")):
-        return "a list" + (f" of {context['min_length']}" if "min_length" in context else ""), ""
+        size = context.get("min_length", context.get("max_length"))
+        return "a list" + (f" of {size}" if size else ""), ""
     return kind.replace("_", " "), ""
 
 
 def _shown(tree: Tree, path: Path_, found: Any) -> str:
     mark = tree.marks.get(path)
-    if isinstance(found, dict | list) or found is None:
-        return _kind(found)
-    if mark and path not in tree.command_line and mark.text:
-        return f'"{mark.text}"' if mark.quoted else mark.text
-    return str(found)
-
-
-def _found(tree: Tree, path: Path_, found: Any) -> str:
-    return "" if isinstance(found, PlainWord) else f", found {_shown(tree, path, found)}"
+    if isinstance(found, list) and found and not any(isinstance(item, dict | list) for item in found):
+        text = f"[{', '.join(map(str, found))}]"
+    elif isinstance(found, dict | list) or found is None:
+        text = _kind(found)
+    elif mark and not tree.is_from_command_line(path) and (mark.text or mark.quoted):
+        text = f'"{mark.text}"' if mark.quoted else mark.text
+    else:
+        text = str(found)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _kind(value: Any) -> str:
@@ -467,7 +496,9 @@ def _suggest(path: Path_) -> str:
 def _help_of(path: Path_) -> str:
     model = _model_at(path[:-1])
     info = model.model_fields.get(str(path[-1])) if model else None
-    return " ".join((info.description or "").split()) if info else ""
+    section = _model_in(info.annotation) if info else None
+    text = (info.description if info else None) or (section.__doc__ if section else None) or ""
+    return " ".join(text.split())
 
 
 def _line_of(problem: Problem) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def _plain_text(value: Any) -> Any:
 
 def _stripped(value: str) -> str:
     if not value.strip():
-        raise ValueError("expected some text, found nothing")
+        raise ValueError("expected some text")
     return value
 
 

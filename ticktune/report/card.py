@@ -1,6 +1,7 @@
 """The model card of an adapter or a merged folder: every value from outside is escaped."""
 
 import html
+import math
 from typing import Any
 
 import yaml
@@ -33,12 +34,14 @@ def merged_card(facts: dict[str, Any], verification: dict[str, Any]) -> str:
         facts: The adapter's facts as plain values.
         verification: What the comparison of the merged folder with base and adapter found.
     """
+    named = str(facts["model_class"])
+    model_class = named if named.isidentifier() and named.isascii() and named != "None" else "AutoModel"
     usage = f"""\
 A stock checkpoint: it opens with plain `transformers`, without ticktune.
 
 ```python
-from transformers import {facts["model_class"] or "AutoModel"}
-model = {facts["model_class"] or "AutoModel"}.from_pretrained("path/to/this/folder")
+from transformers import {model_class}
+model = {model_class}.from_pretrained("path/to/this/folder")
 ```
 """
     rows = "".join(f"| {_text(name)} | {_text(value)} |\n" for name, value in verification.items())
@@ -71,7 +74,7 @@ def _card(facts: dict[str, Any], title: str, usage: str, check: str) -> str:
     if metrics:
         split = _text(training.get("metrics_split", "validation"))
         parts.append(f"\n## Metrics ({split} rows)\n\n| metric | value |\n|---|---|\n")
-        parts.append("".join(f"| {_text(name)} | {value:.4f} |\n" for name, value in metrics.items()))
+        parts.append("".join(f"| {_text(name)} | {_figure(value)} |\n" for name, value in metrics.items()))
     parts.append(check)
     parts.append(f"\n## Method\n\n{_CITATIONS}")
     return "".join(parts)
@@ -82,6 +85,11 @@ def _text(value: object) -> str:
     for character in "\\`*_{}[]()#+!|":
         text = text.replace(character, "\\" + character)
     return text
+
+
+def _figure(value: object) -> str:
+    # JSON holds what was not finite as null.
+    return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "\u2013"
 
 
 def _code(value: object) -> str:

@@ -19,7 +19,8 @@ class CausalLm:
     """The task, configured.
 
     Args:
-        options: What the recipe says; its columns are ``text``, or ``prompt`` and ``response``, or ``messages``.
+        options: What the recipe says; its columns are ``text``, or ``prompt`` and ``response``, or
+            ``messages``.
         tokenizer: The base's tokenizer.
     """
 
@@ -62,7 +63,10 @@ class CausalLm:
                 parts = [self._prompt_and_response(row, labelled)]
                 limit_from_start = False
             elif labelled:
-                examples += [self._example(number, w, w) for w in self._windows(str(row["text"]))]
+                windows = self._windows(str(row["text"]))
+                examples += [self._example(number, w, w) for w in windows]
+                if not windows:
+                    report.unsupervised.append(number)
                 continue
             else:
                 parts = [(self._start(str(row["text"])), [])]
@@ -70,6 +74,16 @@ class CausalLm:
             for ids, labels in parts:
                 examples += self._cut(number, ids, labels, report, labelled, limit_from_start)
         return examples
+
+    def show(self, example: Example) -> list[tuple[str, str]]:
+        """The text in pieces: what is only read, and what is learned, with special tokens."""
+        pieces: list[tuple[str, list[int]]] = []
+        for i, (token, label) in enumerate(zip(example["input_ids"], example["labels"], strict=True)):
+            kind = "learned" if i and label != IGNORED else "context"  # the first token is never predicted
+            if not pieces or pieces[-1][0] != kind:
+                pieces.append((kind, []))
+            pieces[-1][1].append(token)
+        return [(kind, self.tokenizer.decode(ids)) for kind, ids in pieces]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pads on the right (labelled) or left (to be continued); all tensors are (batch, seq) int64."""
@@ -110,6 +124,11 @@ class CausalLm:
         return F.cross_entropy(
             logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """The positions that are no padding, (batch, seq)."""
+        mask: Tensor = batch["attention_mask"]
+        return mask.bool()
 
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The most probable next token at each position, (batch, seq)."""
@@ -197,7 +216,12 @@ class CausalLm:
         return ids, labels
 
     def _render(self, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except TemplateError as error:
+            raise DataError(f"the model's chat template refuses a conversation: {error}") from error
         if len(text) > _MAX_RENDERED:
             raise DataError(f"the chat template makes {len(text)} characters of one conversation")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -220,7 +244,7 @@ class CausalLm:
             answer = sum(label != IGNORED for label in labels)
             if keep_start or answer >= limit:
                 # One token of context stays, so that the first learned token is predicted from something.
-                start = 0 if keep_start else len(ids) - answer - 1
+                start = 0 if keep_start else max(0, len(ids) - answer - 1)
                 ids, labels = ids[start : start + limit], labels[start : start + limit]
                 report.cut_ends += 1
             else:

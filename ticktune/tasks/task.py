@@ -92,6 +92,9 @@ class Task(Protocol):
             labelled: Whether the rows must have their answers.
         """
 
+    def show(self, example: Example) -> list[tuple[str, str]]:
+        """An example for a person: (``context`` or ``learned``, text) in order."""
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pads examples to a batch."""
 
@@ -106,6 +109,9 @@ class Task(Protocol):
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss summed over what :meth:`weight` counts, float32 scalar."""
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """Which positions' logits mean something, a mask of their leading dimensions; None: all."""
 
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What is predicted from logits, and how far each decision is from another one.

@@ -1,6 +1,8 @@
 """Text classification: one text or a pair; one label, several, or a number."""
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +20,7 @@ _CONFIG_NAMES = {
     "multi": "multi_label_classification",
     "regression": "regression",
 }
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -108,6 +111,17 @@ class TextClassification:
             examples.append(example)
         return examples
 
+    def show(self, example: Example) -> list[tuple[str, str]]:
+        """The text with its special tokens, and the label."""
+        target = example["target"]
+        if self.problem == "single":
+            answer = self.labels[target]
+        elif self.problem == "multi":
+            answer = ", ".join(name for name, on in zip(self.labels, target, strict=True) if on) or "(none)"
+        else:
+            answer = str(target)
+        return [("context", self.tokenizer.decode(example["input_ids"])), ("learned", answer)]
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pads on the right to the longest; target is (batch,) int64 or (batch, labels) float32."""
         columns = {name: [e[name] for e in examples] for name in _INPUTS if name in examples[0]}
@@ -142,6 +156,10 @@ class TextClassification:
             return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(self.labels)
         return F.mse_loss(logits.squeeze(-1), target, reduction="sum")
 
+    def counted(self, batch: Batch) -> Tensor | None:
+        """All logits count."""
+        return None
+
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The class, or each label's yes or no; (batch,) or (batch, labels)."""
         if self.problem == "regression":
@@ -158,8 +176,11 @@ class TextClassification:
 
         n = len(self.labels)
         if self.problem == "regression":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it warns that it keeps all values, which it must
+                spearman = SpearmanCorrCoef()
             scores: dict[str, Any] = {
-                "spearman": SpearmanCorrCoef(),
+                "spearman": spearman,
                 "pearson": PearsonCorrCoef(),
                 "mse": MeanSquaredError(),
             }
@@ -167,14 +188,14 @@ class TextClassification:
             scores = {
                 "f1": c.MultilabelF1Score(n),
                 "accuracy": c.MultilabelExactMatch(n),
-                "auroc": c.MultilabelAUROC(n),
+                "auroc": _macro_auroc(c.MultilabelAUROC, n),
             }
         else:
             scores = {
                 "accuracy": c.MulticlassAccuracy(n, average="micro"),
                 "f1": c.MulticlassF1Score(n, average="macro"),
                 "mcc": c.MulticlassMatthewsCorrCoef(n),
-                "auroc": c.MulticlassAUROC(n, average="macro"),
+                "auroc": _macro_auroc(c.MulticlassAUROC, n),
             }
         return nn.ModuleDict({**scores, "loss": MeanMetric()})
 
@@ -216,7 +237,7 @@ class TextClassification:
         if self.problem == "regression":
             return float(label)
         if self.problem == "multi":
-            present = {str(name) for name in label}
+            present = {_name(name) for name in label}
             return [float(name in present) for name in self.labels]
         return self.labels.index(_name(label))
 
@@ -239,7 +260,8 @@ def build(
     if len(kinds) > 1:
         (one, i), (other, j) = list(kinds.items())[:2]
         raise DataError(
-            f"labels are text in some rows and numbers in others: {labels[i]!r} and, at {where(j)}, {labels[j]!r}",
+            f"labels are text in some rows and numbers in others: {labels[i]!r} here, "
+            f"{labels[j]!r} at {where(j)}",
             where=where(i),
             fix="write all labels in one way",
         )
@@ -247,9 +269,9 @@ def build(
     if len(names) < 2:
         raise DataError(
             f"all rows have the same label, {names.pop() if names else 'none'}: nothing can be learned",
-            where=where(0).rsplit(":")[0],
+            where=where(0).rpartition(":")[0],
         )
-    ordered = sorted(names, key=lambda n: (0, int(n), n) if n.lstrip("-").isdigit() else (1, 0, n))
+    ordered = sorted(names, key=lambda n: (0, int(n), n) if _INTEGER.fullmatch(n) else (1, 0, n))
     known = getattr(base_config, "id2label", None) or {}
     known_names = [str(known[i]) for i in sorted(known)]
     if set(known_names) == names:
@@ -262,9 +284,23 @@ def restore(options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> Text
     return TextClassification(options, state["problem"], tuple(state["labels"]), tokenizer)
 
 
+def _macro_auroc(kind: Any, classes: int) -> Any:
+    """AUROC averaged over the classes with rows inside and outside; torchmetrics counts the others as 0."""
+
+    class MacroAuroc(kind):  # type: ignore[misc]
+        def compute(self) -> Tensor:
+            target = torch.cat(self.target)
+            inside = target.sum(0) if target.ndim == 2 else torch.bincount(target, minlength=classes)
+            scores: Tensor = super().compute()
+            return scores[(inside > 0) & (inside < len(target))].mean()
+
+    return MacroAuroc(classes, average=None)
+
+
 def _problem_of(labels: list[Any], asked: str, where: Callable[[int], str]) -> Problem:
     for i, label in enumerate(labels):
-        empty = label is None or (isinstance(label, str) and not label.strip()) or isinstance(label, dict)
+        empty = label is None or isinstance(label, dict) or label != label  # a NaN is a gap in a table
+        empty = empty or (isinstance(label, str) and not label.strip())
         if empty:
             raise DataError(
                 f"expected a label, found {label!r}", where=where(i), fix="fill it in or remove the row"
@@ -303,6 +339,6 @@ def _number(label: Any) -> float | None:
 
 
 def _name(label: Any) -> str:
-    if isinstance(label, float) and label == int(label):
+    if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return str(label).strip()

@@ -15,8 +15,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Builds AdamW with one group for each role.
 
-    P learns at ``lr * p_lr_ratio`` with weight decay and eps divided by the ratio: under AdamW that is exactly a
-    forward scale of this size on the tick (He et al. 2021 call it s), without one in the artefact.
+    P learns at ``lr * p_lr_ratio`` with weight decay and eps divided by the ratio: under AdamW that is
+    exactly a forward scale of this size on the tick (He et al. 2021 call it s), without one in the artefact.
 
     Args:
         parameters: (key, role, parameter) of everything that is trained.
@@ -37,7 +37,7 @@ def build_optimizer(
     }
     members: dict[str, list[nn.Parameter]] = {}
     for _, role, parameter in parameters:
-        kind = "head bias" if role == "head" and parameter.ndim < 2 else role
+        kind: str = "head bias" if role == "head" and parameter.ndim < 2 else role
         members.setdefault(kind, []).append(parameter)
     groups = []
     for kind, (lr, decay, eps) in settings.items():

@@ -1,0 +1,71 @@
+"""Fixtures that several folders of tests share: tiny models, real data, the command line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tests.models as models
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models are tiny: on a busy machine more threads mostly wait for each other, and tests take twice as long.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_state() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of real data sets; tests that need it are skipped where it is not named."""
+    folder = os.environ.get("TICKTUNE_DATA")
+    if not folder:
+        pytest.skip("TICKTUNE_DATA is not set: it names the folder with the real data sets (sst2/, ...)")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved two-layer BERT with a word tokenizer: loads in milliseconds."""
+    return models.save_tiny_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved two-layer Llama with a word tokenizer."""
+    return models.save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def ticktune() -> Run:
+    """Runs the real command line in a process of its own: ``ticktune("train", recipe, cwd=…)``."""
+
+    def run(
+        *words: object, cwd: Path, env: dict[str, str] | None = None, **options: object
+    ) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "ticktune", *map(str, words)],
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            **options,  # type: ignore[call-overload]
+        )
+
+    return run

@@ -1,0 +1,165 @@
+"""Merging is concatenation: the widened stock model computes what base + adapter computed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tests.models as models
+from tests.training import bits
+from ticktune.errors import ExportError
+from ticktune.export.widen import merge_obstacle, widen
+from ticktune.patch.attach import Plan, adapter_parameters, adapter_state, attach, attachment_of, detach
+from ticktune.patch.layout import find_layout
+
+DIM = 5
+# Family -> config field of the width, and the width before.
+WIDTHS = {name: ("intermediate_size", 82) for name in models.families()} | {
+    "distilbert": ("hidden_dim", 82),
+    "gpt2": ("n_inner", 192),
+    "opt": ("ffn_dim", 82),
+    "t5": ("d_ff", 82),
+    "t5-gated": ("d_ff", 82),
+}
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**batch).logits
+    return logits
+
+
+def _merged(
+    family: str, layers: Any, **options: Any
+) -> tuple[nn.Module, dict[str, Tensor], Plan, dict[str, int], Tensor, Tensor, Tensor]:
+    """The widened model, the base's tensors, the plan, what widen said; logits of base, adapter, merged."""
+    model = models.families()[family]().double()
+    batch = models.inputs(model)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attach(model, DIM, layers, **options)
+    with torch.no_grad():
+        for _, _, parameter in adapter_parameters(model):
+            parameter.data = parameter.double()
+    before = _logits(model, batch)
+    models.perturb(p for _, _, p in adapter_parameters(model))
+    ours = _logits(model, batch)
+    plan = attachment_of(model).plan
+    tensors = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
+    widths = widen(detach(model), plan, tensors)
+    return model, base, plan, widths, before, ours, _logits(model, batch)
+
+
+def _equal(ours: Tensor, merged: Tensor) -> bool:
+    return float((ours - merged).abs().max()) <= 1e-12 * max(1.0, float(ours.abs().max()))
+
+
+def _is_slice(small: Tensor, large: Tensor) -> bool:
+    """Whether the base's tensor stands in the widened one, bit for bit (a fused one in its two halves)."""
+    if bits(large[tuple(slice(n) for n in small.shape)]) == bits(small):
+        return True
+    half = len(small) // 2
+    parts = (large[:half], large[len(large) // 2 : len(large) // 2 + half])
+    return bits(torch.cat(parts)) == bits(small)
+
+
+@pytest.mark.parametrize("family", list(models.families()))
+def test_merged_equals_adapter_in_fp64(family: str) -> None:
+    layers: Any = {"encoder": [2], "decoder": [0, 1]} if family in ("t5", "t5-gated", "bart") else [0, 2]
+    model, base, plan, widths, before, ours, merged = _merged(family, layers)
+    assert float((ours - before).abs().max()) > 0.1
+    assert _equal(ours, merged), float((ours - merged).abs().max())
+    if family != "bart":
+        field, width = WIDTHS[family]
+        assert widths == {field: width + DIM}
+        assert getattr(model.config, field) == width + DIM
+    assert {ffn.width for ffn in find_layout(model).ffns} == set(widths.values())
+
+    merged_state = model.state_dict()
+    assert merged_state.keys() == base.keys()
+    layout = find_layout(model)
+    norms = {id(p) for key in plan.norms for p in layout.norms[key].parameters()}
+    own = norms | {id(model.get_parameter(name)) for name in plan.head}
+    names = {name for name, p in model.named_parameters() if id(p) not in own}
+    assert len(names) > len(base) / 3
+    wider = 0
+    for name in names:
+        wider += base[name].shape != merged_state[name].shape
+        assert merged_state[name].dtype == base[name].dtype
+        assert _is_slice(base[name], merged_state[name]), name
+    assert wider >= 2 * len(layout.ffns)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "phi3", "t5-gated"])
+def test_layers_without_a_tick_get_zeros(family: str) -> None:
+    stack = "encoder" if family in ("bert", "t5-gated") else "decoder"
+    model, *_ = _merged(family, {stack: [1]}, norms="none", head=False)
+    for ffn in find_layout(model).ffns:
+        down = ffn.down.weight if family == "gpt2" else ffn.down.weight.T
+        new = down[-DIM:]
+        assert new.shape == (DIM, 48)
+        assert bool(new.any()) == (ffn.stack == stack and ffn.layer == 1)
+
+
+def test_projections_say_their_new_sizes() -> None:
+    bert = find_layout(_merged("bert", "all")[0]).ffns[0]
+    assert (bert.up.out_features, bert.down.in_features) == (82 + DIM, 82 + DIM)
+    gpt2 = find_layout(_merged("gpt2", "all")[0]).ffns[0]
+    assert (gpt2.up.nf, gpt2.down.nx) == (192 + DIM, 192 + DIM)
+    assert gpt2.up.weight.is_contiguous()
+
+
+def test_widths_of_bart_stacks_differ_and_those_of_t5_are_one() -> None:
+    model, *_, widths, _, ours, merged = _merged("bart", {"decoder": "all"})
+    assert widths == {"decoder_ffn_dim": 70 + DIM}
+    assert (model.config.encoder_ffn_dim, model.config.decoder_ffn_dim) == (82, 70 + DIM)
+    assert _equal(ours, merged)
+    model, *_, widths, _, ours, merged = _merged("bart", "all")
+    assert widths == {"encoder_ffn_dim": 82 + DIM, "decoder_ffn_dim": 70 + DIM}
+    assert _equal(ours, merged)
+    model, *_, widths, _, ours, merged = _merged("t5", {"decoder": "last:1"})
+    assert widths == {"d_ff": 82 + DIM}
+    assert {ffn.width for ffn in find_layout(model).ffns} == {82 + DIM}
+    assert _equal(ours, merged)
+
+
+def test_t5_ticks_have_no_r() -> None:
+    model = attach(models.families()["t5"](), DIM)
+    assert not any(role == "r" for _, role, _ in adapter_parameters(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen2", "phi3", "t5-gated", "mistral"])
+def test_plain_ticks_on_gated_blocks_without_biases_are_refused(family: str) -> None:
+    with pytest.raises(ExportError, match=r"cannot be merged: plain ticks on gated .* need biases"):
+        _merged(family, "all", form="plain")
+
+
+def test_plain_ticks_on_gated_blocks_with_biases_merge() -> None:
+    model, _, _, widths, before, ours, merged = _merged("llama-mlp-bias", [1], form="plain")
+    assert float((ours - before).abs().max()) > 0.1
+    assert _equal(ours, merged)
+    assert widths == {"intermediate_size": 82 + DIM}
+    biases = [ffn.up.bias[-DIM:] for ffn in find_layout(model).ffns]
+    assert [bool(bias.all()) for bias in biases] == [False, True, False]
+
+
+def test_obstacle_is_known_before_training() -> None:
+    layout = find_layout(models.families()["llama"]())
+    plan: dict[str, Any] = {"dim": 4, "layers": {"decoder": [0]}, "norms": [], "head": []}
+    assert "need biases" in merge_obstacle(layout, Plan(form="plain", **plan))
+    assert merge_obstacle(layout, Plan(form="gated", **plan)) == ""
+    assert merge_obstacle(layout, Plan(form="plain", **{**plan, "dim": 0, "layers": {}})) == ""
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_norms_alone_widen_nothing(family: str) -> None:
+    model, base, *_, widths, _, ours, merged = _merged(family, "none", norms="all", norm_layers="all")
+    assert widths == {}
+    assert model.config.intermediate_size == 82
+    assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in base.items()}
+    assert _equal(ours, merged)
+
+
+def test_tick_dropout_has_no_part_in_the_merged_model() -> None:
+    *_, ours, merged = _merged("bert", "all", dropout=0.5)
+    assert _equal(ours, merged)

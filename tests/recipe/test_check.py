@@ -1,0 +1,183 @@
+"""Rules between keys."""
+
+from pathlib import Path
+
+import pytest
+
+from ticktune.errors import Problem, RecipeError
+from ticktune.recipe.load import load_recipe
+from ticktune.recipe.schema import Recipe
+
+HEAD = "task: text-classification\nbase: {model: m}\n"
+
+
+def problems(folder: Path, text: str) -> list[Problem]:
+    (folder / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(folder / "r.yaml")
+    return [Problem(p.message, p.where.replace(f"{folder}/", ""), p.fix) for p in caught.value.problems]
+
+
+def accepted(folder: Path, text: str) -> Recipe:
+    (folder / "r.yaml").write_text(text)
+    return load_recipe(folder / "r.yaml").recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            HEAD.replace("text-", "txt-") + "data: {train: a}\n",
+            Problem(
+                "expected one of text-classification, causal-lm, found txt-classification",
+                "r.yaml:1:1 task",
+                "did you mean text-classification?",
+            ),
+        ),
+        (
+            HEAD + "data: {train: {}}\n",
+            Problem("expected one of path, hub or fraction, found none of them", "r.yaml:3:8 data.train"),
+        ),
+        (
+            HEAD + "data: {train: {path: a, hub: b}}\n",
+            Problem("expected one of path, hub or fraction, found path and hub", "r.yaml:3:8 data.train"),
+        ),
+        (
+            HEAD + "data: {train: {fraction: 0.5}}\n",
+            Problem(
+                "only validation and test can be a share of the training rows",
+                "r.yaml:3:16 data.train.fraction",
+            ),
+        ),
+        (
+            HEAD + "data: {train: {path: a, split: train}}\n",
+            Problem("config, split and revision are only for hub data sets", "r.yaml:3:8 data.train"),
+        ),
+        (
+            HEAD + "data: {train: a, validation: {path: a}}\n",
+            Problem(
+                "these are the training rows",
+                "r.yaml:3:18 data.validation",
+                "name other rows, or {fraction: 0.1}",
+            ),
+        ),
+        (
+            HEAD + "data: {train: {hub: a}, test: {hub: a, split: train}}\n",
+            Problem(
+                "these are the training rows", "r.yaml:3:25 data.test", "name other rows, or {fraction: 0.1}"
+            ),
+        ),
+        (
+            HEAD + "data: {train: a, validation: {fraction: 0.5}, test: {fraction: 0.5}}\n",
+            Problem("the fractions leave no rows to train on", "r.yaml:3:1 data"),
+        ),
+        (
+            HEAD + "data: {train: a, columns: {text: a, label: b, text_pare: c}}\n",
+            Problem(
+                "text-classification has no such column; it knows label, text, text_pair",
+                "r.yaml:3:47 data.columns.text_pare",
+                "did you mean text_pair?",
+            ),
+        ),
+        (
+            HEAD + "data: {train: a, columns: {text: '{a!r}', label: b}}\n",
+            Problem(
+                "only plain {column} names can stand in a template, found {a!r}",
+                "r.yaml:3:28 data.columns.text",
+            ),
+        ),
+        (
+            HEAD.replace("text-classification", "causal-lm")
+            + "data: {train: a, columns: {text: a, prompt: b}}\n",
+            Problem(
+                "expected text or prompt+response or messages, found prompt+text", "r.yaml:3:18 data.columns"
+            ),
+        ),
+        (
+            HEAD + "data: {train: a}\ntraining: {epochs: 1, steps: 5}\n",
+            Problem("give epochs or steps, not both", "r.yaml:4:23 training.steps"),
+        ),
+        (
+            HEAD + "data: {train: a}\ntraining: {micro_batch_size: 64}\n",
+            Problem("expected at most batch_size = 32, found 64", "r.yaml:4:12 training.micro_batch_size"),
+        ),
+        (
+            HEAD + "data: {train: a}\nticks: {dim: 0}\nnorms: {train: none}\nhead: {train: false}\n",
+            Problem("nothing would be trained: no ticks, no norms, no head", "r.yaml:4:9 ticks.dim"),
+        ),
+        (
+            HEAD + "data: {train: a}\nevaluation: {metric: acuracy}\n",
+            Problem(
+                "text-classification has the metrics accuracy, f1, mcc, auroc, pearson, spearman, mse, loss, "
+                "found acuracy",
+                "r.yaml:4:14 evaluation.metric",
+                "did you mean accuracy?",
+            ),
+        ),
+        (
+            HEAD.replace("text-classification", "causal-lm") + "data: {train: a}\nproblem: multi\n",
+            Problem("only text-classification has a problem type, not causal-lm", "r.yaml:4:1 problem"),
+        ),
+        (
+            HEAD + "data: {train: a}\nevaluation: {patience: 2}\n",
+            Problem("early stopping needs data.validation", "r.yaml:4:14 evaluation.patience"),
+        ),
+        (
+            HEAD + 'data: {train: a}\noutput: "a\\nb"\n',
+            Problem(
+                "the path holds a control character or a name of more than 255 bytes", "r.yaml:4:1 output"
+            ),
+        ),
+        (
+            HEAD + f"data: {{train: a}}\noutput: runs/{'é' * 128}\n",
+            Problem(
+                "the path holds a control character or a name of more than 255 bytes", "r.yaml:4:1 output"
+            ),
+        ),
+    ],
+)
+def test_a_broken_rule_is_the_only_problem(tmp_path: Path, text: str, problem: Problem) -> None:
+    assert problems(tmp_path, text) == [problem]
+
+
+def test_every_broken_rule_is_reported_at_once(tmp_path: Path) -> None:
+    text = HEAD + "data: {train: {}}\ntraining: {epochs: 1, steps: 5}\nevaluation: {metric: bleu}\n"
+    assert [p.where for p in problems(tmp_path, text)] == [
+        "r.yaml:3:8 data.train",
+        "r.yaml:4:23 training.steps",
+        "r.yaml:5:14 evaluation.metric",
+    ]
+
+
+def test_an_unknown_task_is_reported_beside_a_wrong_value(tmp_path: Path) -> None:
+    text = HEAD.replace("text-", "txt-") + "data: {train: a}\nticks: {dim: x}\n"
+    assert [p.where for p in problems(tmp_path, text)] == ["r.yaml:1:1 task", "r.yaml:4:9 ticks.dim"]
+
+
+def test_a_hub_set_without_a_split_has_the_split_of_its_name(tmp_path: Path) -> None:
+    recipe = accepted(tmp_path, HEAD + "data: {train: {hub: a}, validation: {hub: a}}\n")
+    assert recipe.data.validation is not None
+
+
+def test_fractions_that_leave_rows_are_accepted(tmp_path: Path) -> None:
+    text = HEAD + "data: {train: a, validation: {fraction: 0.4}, test: {fraction: 0.4}}\n"
+    assert accepted(tmp_path, text).data.train.path == "a"
+
+
+def test_a_template_of_plain_names_is_accepted(tmp_path: Path) -> None:
+    text = HEAD + "data: {train: a, columns: {text: '{my question}: {an-swer}', label: b}}\n"
+    assert accepted(tmp_path, text).data.columns["text"] == "{my question}: {an-swer}"
+
+
+def test_norms_alone_are_enough_to_train(tmp_path: Path) -> None:
+    assert (
+        accepted(tmp_path, HEAD + "data: {train: a}\nticks: {dim: 0}\nhead: {train: false}\n").ticks.dim == 0
+    )
+
+
+def test_a_metric_of_the_task_is_accepted(tmp_path: Path) -> None:
+    text = (
+        HEAD.replace("text-classification", "causal-lm")
+        + "data: {train: a}\nevaluation: {metric: perplexity}\n"
+    )
+    assert accepted(tmp_path, text).evaluation.metric == "perplexity"

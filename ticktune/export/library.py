@@ -1,0 +1,112 @@
+"""``ticktune.merge``: merging for people who train with a loop of their own."""
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ticktune.errors import ExportError
+from ticktune.export.save import refuse_not_finite
+from ticktune.export.verify import Verification, compare, stock_logits
+from ticktune.export.widen import widen
+from ticktune.files import new_directory
+from ticktune.patch.attach import adapter_state, attachment_of, detach
+
+_ROWS, _LENGTH = 4, 16
+
+
+def merge(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    inputs: Sequence[dict[str, Tensor]] = (),
+    tokenizer: Any = None,
+) -> Verification:
+    """Builds a model's ticks, norms and head into a stock checkpoint, and proves it in a fresh process.
+
+    The model itself stays as it is.
+
+    Args:
+        model: From :func:`ticktune.attach`, trained.
+        directory: A new folder; it appears as a whole, or not at all.
+        inputs: Keyword arguments of forward passes to compare on; empty: random token ids or pixels.
+        tokenizer: Saved beside the weights, where there is one.
+
+    Returns:
+        What the comparison found.
+
+    Raises:
+        PatchError: The model has no ticks.
+        ExportError: The architecture cannot hold them, or the merged folder is not equal; none is left.
+        OutputError: The folder exists.
+    """
+    record = attachment_of(model)
+    tensors = {key: tensor.cpu() for key, tensor in adapter_state(model).items()}
+    refuse_not_finite(tensors)
+    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    whole = copy.deepcopy(model).cpu().float().eval()
+    batches = [{k: v.cpu() for k, v in batch.items()} for batch in inputs] or [_random_inputs(whole)]
+    ours = _logits(whole, batches)
+    stock = detach(whole).float()
+    with torch.no_grad():
+        for name in record.plan.head:
+            stock.get_parameter(name).copy_(tensors[f"head.{name}"])
+    base = _logits(stock, batches)
+    stock_class = _stock_class(stock)
+    with tempfile.TemporaryDirectory(prefix="ticktune-") as name, new_directory(Path(directory)) as temporary:
+        control = Path(name) / "control"
+        stock.save_pretrained(control)  # type: ignore[operator]
+        widen(stock, record.plan, tensors)
+        final = temporary if dtype == torch.float32 else Path(name) / "merged"
+        stock.save_pretrained(final)  # type: ignore[operator]
+        reloaded, merged = stock_logits(
+            [(control, stock_class, "float32"), (final, stock_class, "float32")], batches
+        )
+        found = compare(ours, merged, base, reloaded, [None] * len(batches), _argmax)
+        if dtype != torch.float32:
+            stock.to(dtype).save_pretrained(temporary)  # type: ignore[operator]
+            stock_logits([(temporary, stock_class, "auto")], batches)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    return found
+
+
+def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    with torch.no_grad():
+        outputs = [model(**batch) for batch in batches]
+    return [output.logits if hasattr(output, "logits") else output[0] for output in outputs]
+
+
+def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.shape[-1] < 2:
+        flat = logits.squeeze(-1)
+        return torch.zeros_like(flat, dtype=torch.long), torch.full_like(flat, torch.inf)
+    best = logits.topk(2, dim=-1)
+    return best.indices[..., 0], best.values[..., 0] - best.values[..., 1]
+
+
+def _stock_class(model: nn.Module) -> str:
+    import transformers
+
+    name = type(model).__name__
+    if not hasattr(transformers, name):
+        raise ExportError(f"{name} is not a class of transformers, so no stock checkpoint can hold it")
+    return name
+
+
+def _random_inputs(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    config: Any = model.config
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        shape = (_ROWS, config.num_channels, size, size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+    ids = torch.randint(0, config.vocab_size, (_ROWS, _LENGTH), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
+    return batch

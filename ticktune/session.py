@@ -1,0 +1,371 @@
+"""One stretch of training: from the newest checkpoint, or the beginning, to the end or a stop."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ticktune import checkpoint
+from ticktune.adapter import describe_adapter, write_adapter
+from ticktune.base import fingerprint
+from ticktune.console import Console, figure
+from ticktune.data.batches import epoch_batches, micro_batches
+from ticktune.device import Compute, describe
+from ticktune.errors import Interrupted, OutputError, ResourceError
+from ticktune.evaluate import is_better, score
+from ticktune.files import append_line, sha256_json, write_text
+from ticktune.folder import RunFolder, relocate, result_relevant
+from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
+from ticktune.prepare import Prepared
+from ticktune.recipe.load import LoadedRecipe
+from ticktune.registry import TASKS
+from ticktune.report.card import adapter_card
+from ticktune.report.page import report_page
+from ticktune.signals import Signals, StopAsked
+from ticktune.tasks.task import Batch
+from ticktune.train.groups import build_optimizer, lr_factor
+from ticktune.train.steps import StepReport, train_steps
+from ticktune.versions import versions
+
+
+def begin(prepared: Prepared, model: nn.Module, run: RunFolder) -> None:
+    """Records what a run starts from, or refuses to go on from something else.
+
+    Args:
+        prepared: Rows, task and base.
+        model: With ticks.
+        run: The run's folder, new or interrupted.
+
+    Raises:
+        OutputError: Base, tokenizer or rows changed since the run began.
+    """
+    hashes = _hashes(prepared, model)
+    before = run.record().get("hashes")
+    if before is None:
+        run.update(**_first_record(prepared, model, run, hashes))
+    else:
+        changed = [name for name in ("base", "tokenizer") if before[name] != hashes[name]]
+        changed += [f"data.{n}" for n in hashes["data"] if before["data"].get(n) != hashes["data"][n]]
+        if changed:
+            raise OutputError(
+                f"{', '.join(changed)} changed since this run began",
+                where=str(run.path),
+                fix="choose another output, or start over with --restart",
+            )
+    if not run.recipe_path.exists():
+        run.write_recipe(prepared.loaded)
+
+
+def recipe_identity(loaded: LoadedRecipe, run: RunFolder) -> dict[str, Any]:
+    """The result-relevant keys of a recipe, its paths as they are written in the run's folder."""
+    return result_relevant(relocate(loaded.recipe, loaded.path.parent, run.path))
+
+
+@dataclass
+class Schedule:
+    """How a run divides into steps.
+
+    Args:
+        per_epoch: Steps in an epoch.
+        total: Steps in the run.
+    """
+
+    per_epoch: int
+    total: int
+
+    @classmethod
+    def of(cls, recipe: Any, examples: int) -> "Schedule":
+        """The schedule of a recipe over so many training examples; 3 epochs where it says nothing."""
+        per_epoch = math.ceil(examples / recipe.training.batch_size)
+        steps = recipe.training.steps
+        return cls(per_epoch, steps if steps is not None else per_epoch * (recipe.training.epochs or 3))
+
+    def due(self, step: int, every: Any) -> bool:
+        """Whether something that happens ``every`` so many steps, or every epoch, happens after ``step``."""
+        period = self.per_epoch if every == "epoch" else every
+        return bool(step % period == 0)
+
+
+class Session:
+    """Drives the loop: when to log, evaluate, save and stop.
+
+    Args:
+        prepared: Rows, task and base.
+        model: With ticks.
+        run: The run's folder, locked.
+        console: Where to print.
+        signals: Polled between micro-batches.
+    """
+
+    def __init__(
+        self, prepared: Prepared, model: nn.Module, run: RunFolder, console: Console, signals: Signals
+    ) -> None:
+        self.prepared, self.model, self.run, self.console, self.signals = (
+            prepared,
+            model,
+            run,
+            console,
+            signals,
+        )
+        self.recipe = prepared.loaded.recipe
+        self.compute: Compute = prepared.compute
+        self.optimizer = build_optimizer(adapter_parameters(model), self.recipe.optimizer)
+        self.scaler = self.compute.scaler()
+        self.plan = Schedule.of(self.recipe, len(prepared.examples["train"]))
+        self.progress = checkpoint.Progress()
+        self.best: dict[str, Tensor] | None = None
+        row = TASKS[self.recipe.task]
+        asked = self.recipe.evaluation.metric
+        self.metric = prepared.task.default_metric if asked == "auto" else asked
+        self.more_is_better = row.metrics[self.metric]
+        micro = self.recipe.training.micro_batch_size or self.recipe.training.batch_size
+        self.micro_batch_size = micro
+        self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, micro)
+
+    def go(self) -> None:
+        """Trains to the end, and writes the adapter, the record and the report.
+
+        Raises:
+            Interrupted: A signal came; the state is saved.
+            NumericsError: A loss or gradient is not finite; the last checkpoint stands.
+            CheckpointError: All checkpoints are damaged.
+            ResourceError: Out of memory or disk.
+        """
+        newest = checkpoint.newest_valid(self.run.checkpoints)
+        if newest is not None:
+            self.progress, self.best = checkpoint.restore_checkpoint(
+                newest, self.model, self.optimizer, self.scaler
+            )
+            self.console.note(
+                f"{self.run.path}: going on after step {self.progress.step} of {self.plan.total}"
+            )
+        self.run.trim_metrics(self.progress.step)
+        self.run.update(status="running")
+        try:
+            if not self.progress.history:
+                self._evaluate(first=True)
+            with _memory_named(self.recipe):
+                self._steps()
+        except StopAsked as stop:
+            raise self._interrupted(stop) from None
+        self._finish()
+
+    def _steps(self) -> None:
+        started = time.monotonic()
+        first = self.progress.step
+        reports = train_steps(
+            self.model,
+            [(key, parameter) for key, _, parameter in adapter_parameters(self.model)],
+            self.prepared.task,
+            self._batches(first),
+            self.optimizer,
+            self.scaler,
+            self.compute,
+            lr_factor=lambda step: lr_factor(step, self.plan.total, self.recipe.schedule),
+            clip=self.recipe.optimizer.clip,
+            seed=self.recipe.training.seed,
+            base_dropout=self.recipe.base.dropout == "keep",
+            first_step=first,
+        )
+        with self.console.progress(self.plan.total, first) as bar:
+            for report in reports:
+                self._account(report)
+                self._show(bar, report, first, started)
+                is_last = report.step == self.plan.total
+                if is_last or self.plan.due(report.step, self.recipe.evaluation.every):
+                    self._evaluate(bar=bar)
+                stop_early = self._out_of_patience()
+                if is_last or stop_early or self.plan.due(report.step, self.recipe.checkpoints.every):
+                    self._save()
+                if stop_early:
+                    bar.note(
+                        f"no better {self.metric} in {self.progress.bad_evaluations} evaluations: stopping"
+                    )
+                    return
+
+    def _batches(self, first: int) -> Iterator[list[Batch]]:
+        examples, task = self.prepared.examples["train"], self.prepared.task
+        training = self.recipe.training
+        step, epoch = first, first // self.plan.per_epoch
+        while step < self.plan.total:
+            order = epoch_batches(examples.lengths, training.batch_size, seed=training.seed, epoch=epoch)
+            for batch in order[step - epoch * self.plan.per_epoch :]:
+                if step >= self.plan.total:
+                    return
+                yield [
+                    task.collate(examples.take(part)) for part in micro_batches(batch, self.micro_batch_size)
+                ]
+                self.signals.poll()
+                step += 1
+            epoch += 1
+
+    def _account(self, report: StepReport) -> None:
+        progress = self.progress
+        progress.step = report.step
+        progress.skipped += report.skipped
+        progress.seconds += report.seconds
+        progress.rows += report.rows
+        if report.step % self.recipe.logging.every == 0 or report.step in (1, self.plan.total):
+            entry: dict[str, Any] = {
+                "step": report.step,
+                "epoch": round(report.step / self.plan.per_epoch, 4),
+                "loss": report.loss,
+                "lr": report.lr,
+                "grad_norm": report.grad_norm,
+                "rows_per_second": round(report.rows / report.seconds, 2),
+            }
+            if self.scaler.is_enabled():
+                entry |= {"scale": report.scale, "skipped": progress.skipped}
+            append_line(self.run.metrics_path, entry)
+
+    def _show(self, bar: Any, report: StepReport, first: int, started: float) -> None:
+        done = report.step - first
+        left = (time.monotonic() - started) / done * (self.plan.total - report.step)
+        speed = report.rows / report.seconds
+        bar.step(report.step, f"loss {report.loss:.4f}  lr {report.lr:.2e}  {speed:.0f} rows/s", left)
+
+    def _evaluate(self, *, first: bool = False, bar: Any = None) -> None:
+        examples = self.prepared.examples.get("validation")
+        progress = self.progress
+        if examples is None:
+            if first:
+                progress.history = [{"step": 0, "split": None, "metrics": {}}]
+            return
+        metrics = score(
+            self.model, self.prepared.task, examples, self.compute, self.evaluation_batch, self.signals.poll
+        )
+        entry = {"step": progress.step, "split": "validation", "metrics": metrics}
+        progress.history.append(entry)
+        append_line(self.run.metrics_path, entry)
+        value = metrics[self.metric]
+        if is_better(value, progress.best_score, self.more_is_better):
+            progress.best_score, progress.best_step, progress.bad_evaluations = value, progress.step, 0
+            self.best = {key: tensor.cpu().clone() for key, tensor in adapter_state(self.model).items()}
+        else:
+            progress.bad_evaluations += 1
+        shown = "  ".join(f"{name} {figure(number)}" for name, number in metrics.items())
+        say = bar.note if bar else self.console.note
+        say(f"step {progress.step}: validation {shown}")
+
+    def _out_of_patience(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        return patience is not None and self.progress.bad_evaluations >= patience
+
+    def _save(self) -> Path:
+        return checkpoint.save_checkpoint(
+            self.run.checkpoints,
+            self.model,
+            self.optimizer,
+            self.scaler,
+            self.progress,
+            self.best,
+            keep=self.recipe.checkpoints.keep,
+        )
+
+    def _interrupted(self, stop: StopAsked) -> Interrupted:
+        started = time.monotonic()
+        saved = self._save()
+        self.run.update(status="interrupted")
+        seconds = time.monotonic() - started
+        return Interrupted(
+            f"stopped after step {self.progress.step} of {self.plan.total}; saved as {saved} in {seconds:.1f} s",
+            signal_number=stop.number,
+            fix="run the same command again to go on",
+        )
+
+    def _finish(self) -> None:
+        progress = self.progress
+        tensors = adapter_state(self.model)
+        step, history = progress.step, [e for e in progress.history if e["split"]]
+        if self.recipe.evaluation.save == "best" and self.best is not None and progress.best_step is not None:
+            tensors, step = self.best, progress.best_step
+        metrics: dict[str, float] = next((e["metrics"] for e in reversed(history) if e["step"] == step), {})
+        facts = describe_adapter(
+            self.model,
+            self.run.record()["base"],
+            model_class=self.prepared.task.auto_class,
+            task=self.prepared.task_facts(),
+        )
+        facts.training = {
+            "step": step,
+            "seed": self.recipe.training.seed,
+            "precision": self.compute.precision,
+            "recipe_sha256": sha256_json(result_relevant(self.recipe)),
+            "data": {name: {"rows": len(r), "sha256": r.sha256} for name, r in self.prepared.rows.items()},
+            "metrics_split": "validation" if metrics else None,
+            "metrics": metrics,
+            "versions": versions(),
+        }
+        write_adapter(self.run.adapter, tensors, facts, adapter_card(asdict(facts)))
+        self.run.update(
+            status="complete",
+            finished_at=now(),
+            steps=progress.step,
+            chosen_step=step,
+            metric=self.metric,
+            metrics=metrics,
+            base_metrics=history[0]["metrics"] if history else {},
+            history=history,
+            skipped_steps=progress.skipped,
+            training_seconds=round(progress.seconds, 3),
+            rows_per_second=round(progress.rows / max(progress.seconds, 1e-9), 2),
+        )
+        recipe_text = self.run.recipe_path.read_text(encoding="utf-8")
+        page = report_page(self.run.record(), self.run.metrics(), recipe_text)
+        write_text(self.run.report_path, page)
+
+
+def _hashes(prepared: Prepared, model: nn.Module) -> dict[str, Any]:
+    facts = prepared.task_facts()
+    return {
+        "base": fingerprint(prepared.base, head=attachment_of(model).plan.head),
+        "data": {name: rows.sha256 for name, rows in prepared.rows.items() if name != "test"},
+        "tokenizer": sha256_json(facts["tokenizer"]),
+    }
+
+
+def _first_record(
+    prepared: Prepared, model: nn.Module, run: RunFolder, hashes: dict[str, Any]
+) -> dict[str, Any]:
+    trained = sum(p.numel() for _, _, p in adapter_parameters(model))
+    total = sum(p.numel() for p in model.parameters())
+    base = prepared.base
+    return {
+        "status": "running",
+        "started_at": now(),
+        "recipe": recipe_identity(prepared.loaded, run),
+        "hashes": hashes,
+        "base": {
+            "name": base.public_name,
+            "commit": base.commit,
+            "fingerprint": hashes["base"],
+        },
+        "rows": {name: len(rows) for name, rows in prepared.rows.items()},
+        "trained_parameters": trained,
+        "base_parameters": total - trained,
+        "compute": describe(prepared.compute) | {"base_dtype": prepared.dtype},
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def _memory_named(recipe: Any) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"out of memory with training.batch_size {recipe.training.batch_size} and data.max_length "
+            f"{recipe.data.max_length}",
+            fix="lower training.micro_batch_size, data.max_length or ticks.layers (last:N)",
+        ) from error
+
+
+def now() -> str:
+    """The local time with its offset, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
