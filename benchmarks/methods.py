@@ -56,9 +56,7 @@ def build(
 ) -> tuple[nn.Module, list[tuple[str, Any, nn.Parameter]], Optimizer]:
     """Returns the model, what is trained as (name, role, parameter), and the learning rates."""
     task = prepared.task
-    model, fresh = load_model(
-        prepared.base, task.auto_class, dtype="float32", config=task.config(), seed=seed
-    )
+    model, fresh = load_model(prepared.base, task.auto_class, dtype="float32", config=task.config(), seed=seed)
     if method == "PEFT LoRA":
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -74,8 +72,7 @@ def build(
         return model, named, Optimizer(lr=lr, head_lr=HEAD_LR)
     if method == "full fine-tuning":
         named = [
-            (name, "head" if name in fresh else "Q" if p.ndim > 1 else "r", p)
-            for name, p in model.named_parameters()
+            (name, "head" if name in fresh else "Q" if p.ndim > 1 else "r", p) for name, p in model.named_parameters()
         ]
         return model, named, Optimizer(lr=lr, head_lr=HEAD_LR)
     attach(
@@ -92,9 +89,7 @@ def build(
     return model, list(adapter_parameters(model)), rates
 
 
-def train_and_score(
-    method: str, lr: float, seed: int, prepared: Prepared, compute: Compute
-) -> dict[str, Any]:
+def train_and_score(method: str, lr: float, seed: int, prepared: Prepared, compute: Compute) -> dict[str, Any]:
     """One run: metrics after the last step, and how many parameters were trained."""
     recipe, examples = prepared.loaded.recipe, prepared.examples["train"]
     model, named, rates = build(method, lr, prepared, seed)
@@ -172,9 +167,7 @@ def main() -> None:
     quiet_transformers()
     console = Console(quiet=True)
     everything = prepare(load_recipe(RECIPE, arguments.overrides), console)
-    held_out = prepare(
-        load_recipe(RECIPE, [*arguments.overrides, "data.validation={fraction: 0.1}"]), console
-    )
+    held_out = prepare(load_recipe(RECIPE, [*arguments.overrides, "data.validation={fraction: 0.1}"]), console)
     compute = choose_compute("auto", "auto")
     document: dict[str, Any] = {"choosing": [], "runs": []}
     if arguments.output.exists():

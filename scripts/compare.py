@@ -17,9 +17,7 @@ def hits(run: str, rows: str, column: str) -> "np.ndarray":
     """1 for each row that the run predicts rightly, else 0."""
     with open(rows, encoding="utf-8") as file:
         labels = [str(json.loads(line)[column]) for line in file if line.strip()]
-    done = subprocess.run(
-        ["ticktune", "--json", "predict", run, rows], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["ticktune", "--json", "predict", run, rows], capture_output=True, text=True, check=True)
     predicted = [json.loads(line)["label"] for line in done.stdout.splitlines()]
     return np.array([a == b for a, b in zip(labels, predicted, strict=True)], dtype=float)
 

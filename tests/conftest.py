@@ -1,6 +1,11 @@
 """Fixtures that several folders of tests share: tiny models, real data, the command line."""
 
 import os
+
+# Tiny models are slower on several threads; real-data tests choose their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +16,8 @@ import torch
 
 import tests.models as models
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The models are tiny: on a busy machine more threads mostly wait for each other, and tests take twice as long.
+# The models are tiny: on a busy machine more threads mostly wait for each other, and tests take twice
+# as long.
 torch.set_num_threads(1)
 
 

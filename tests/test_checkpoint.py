@@ -38,10 +38,7 @@ def _off() -> torch.amp.GradScaler:
 def _save(directory: Path, *numbers: int, keep: int = 99) -> list[Path]:
     model = _model()
     optimizer = _stepped(model)
-    return [
-        save_checkpoint(directory, model, optimizer, _off(), Progress(step=n), None, keep=keep)
-        for n in numbers
-    ]
+    return [save_checkpoint(directory, model, optimizer, _off(), Progress(step=n), None, keep=keep) for n in numbers]
 
 
 PROGRESS = Progress(

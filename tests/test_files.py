@@ -208,9 +208,7 @@ def test_a_directory_without_a_manifest_does_not_verify(tmp_path: Path) -> None:
         files.verify_directory(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "manifest", ["[]", "{}", '{"files": []}', '{"files": {"a": 3}}', '{"files": {"a": {}}}']
-)
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"files": []}', '{"files": {"a": 3}}', '{"files": {"a": {}}}'])
 def test_a_manifest_of_another_form_does_not_verify(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "a").write_text("x")
     (tmp_path / "manifest.json").write_text(manifest)

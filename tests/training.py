@@ -107,9 +107,7 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two sets of tensors are the same, bit for bit."""
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and bits(a[key]) == bits(b[key]) for key in a
-    )
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and bits(a[key]) == bits(b[key]) for key in a)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

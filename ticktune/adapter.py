@@ -134,9 +134,7 @@ def attach_adapter(model: nn.Module, directory: Path, facts: AdapterFacts) -> No
             detach(model)
             raise
     except PatchError as error:
-        raise CheckpointError(
-            f"the adapter does not fit this model: {error}", where=str(directory)
-        ) from error
+        raise CheckpointError(f"the adapter does not fit this model: {error}", where=str(directory)) from error
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:

@@ -94,9 +94,7 @@ def load_config(base: BaseFiles) -> Any:
 
     entries = _read_config(base)
     if "auto_map" in entries and "model_type" not in entries:
-        raise BaseModelError(
-            "this model needs code of its own, which is never run", where=f"base.model {base.name}"
-        )
+        raise BaseModelError("this model needs code of its own, which is never run", where=f"base.model {base.name}")
     try:
         return AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -165,9 +163,7 @@ def load_model(
             **(config or {}),
         )
     except Exception as error:
-        raise BaseModelError(
-            f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}"
-        ) from error
+        raise BaseModelError(f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}") from error
     layer_tensors = [k for k in info["unexpected_keys"] if any(part.isdigit() for part in k.split("."))]
     if layer_tensors:
         names = ", ".join(sorted(layer_tensors)[:5])
@@ -251,9 +247,7 @@ def fingerprint_in_memory(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the sorted (name, dtype, shape, bytes) of tensors in memory, for a model without files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        data = (
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        )
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
         content = hashlib.sha256(data).hexdigest()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), content]).encode())
     return digest.hexdigest()
@@ -316,9 +310,7 @@ def _package_directory(package: str) -> Path:
             fix=f"pip install {package.replace('_', '-')}",
         )
     root = Path(next(iter(spec.submodule_search_locations)))
-    found = sorted(
-        path.parent for path in root.rglob("config.json") if (path.parent / "model.safetensors").exists()
-    )
+    found = sorted(path.parent for path in root.rglob("config.json") if (path.parent / "model.safetensors").exists())
     if len(found) != 1:
         raise BaseModelError(
             f"expected one folder with config.json and model.safetensors in it, found {len(found)}",
@@ -365,10 +357,7 @@ def _check_files(name: str, directory: Path) -> None:
         missing = [n for n in names if n not in outside and not (directory / n).is_file()]
         if outside or missing:
             raise BaseModelError(
-                [
-                    Problem(f"the index names {n}, which is not in the folder", where)
-                    for n in (*outside, *missing)
-                ]
+                [Problem(f"the index names {n}, which is not in the folder", where) for n in (*outside, *missing)]
             )
     elif not (directory / "model.safetensors").is_file():
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))

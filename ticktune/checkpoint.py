@@ -92,9 +92,7 @@ def save_checkpoint(
 
 def find_checkpoints(directory: Path) -> list[Path]:
     """Returns the checkpoints in a folder, the newest step first; none is opened."""
-    found = [
-        (int(match[1]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name))
-    ]
+    found = [(int(match[1]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ticktune import __version__
 from ticktune.console import Console
-from ticktune.errors import TicktuneError, UsageError
+from ticktune.errors import ReaderGone, TicktuneError, UsageError
 
 app = typer.Typer(
     name="ticktune",
@@ -46,9 +46,7 @@ Target = Annotated[
         help="A run, its recipe, an adapter or a merged folder; default: the newest complete run under ./runs.",
     ),
 ]
-BaseOption = Annotated[
-    str | None, typer.Option("--base", help="The base model, where the recorded one is not found.")
-]
+BaseOption = Annotated[str | None, typer.Option("--base", help="The base model, where the recorded one is not found.")]
 
 
 @app.callback()
@@ -78,9 +76,13 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe; the same command again resumes an interrupted run."""
+    from ticktune.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])  # a mistake is answered before anything heavy is imported
+
     from ticktune import run
 
-    run.train(recipe, overrides or [], context.obj["console"], restart=restart)
+    run.train(loaded, context.obj["console"], restart=restart)
 
 
 @app.command("eval")
@@ -88,9 +90,7 @@ def evaluate(
     context: typer.Context,
     target: Target = None,
     split: Annotated[Split | None, typer.Option("--split", help="Default: test, else validation.")] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="A file with answers, instead of a split.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="A file with answers, instead of a split.")] = None,
     minimum: Annotated[
         list[str] | None,
         typer.Option("--min", metavar="METRIC=VALUE", help="Exit 9 when the metric is below."),
@@ -152,9 +152,7 @@ def export(
     """Write adapter-only or merged safetensors, verified by reloading."""
     from ticktune import run
 
-    run.export(
-        target, context.obj["console"], merge=merge, output=output, dtype=dtype.value, force=force, base=base
-    )
+    run.export(target, context.obj["console"], merge=merge, output=output, dtype=dtype.value, force=force, base=base)
 
 
 @app.command()
@@ -173,9 +171,16 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what would be ticked and trained, whether it merges, and one decoded example; writes nothing."""
+    loaded = None
+    if Path(target).suffix in (".yaml", ".yml"):
+        from ticktune.recipe.load import load_recipe
+
+        loaded = load_recipe(Path(target), overrides or [])
+
     from ticktune import inspect as inspection
 
-    inspection.inspect(target, overrides or [], context.obj["console"])
+    console = context.obj["console"]
+    inspection.inspect_base(target, console) if loaded is None else inspection.inspect_recipe(loaded, console)
 
 
 @app.command()
@@ -198,8 +203,9 @@ def entry(arguments: list[str] | None = None) -> int:
     console, debug = Console(quiet="--quiet" in words), "--debug" in words
     try:
         result = app(words, standalone_mode=False, prog_name="ticktune")
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except ReaderGone as error:
+        return error.exit_code
     except TicktuneError as error:
         if debug:
             console.traceback()
@@ -209,10 +215,6 @@ def entry(arguments: list[str] | None = None) -> int:
         return int(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
-        # The reader of our pipe is gone; nothing more can be said to it, nor at exit.
-        sys.stdout = None
-        return 141
     except Exception as error:  # noqa: BLE001 - the last net: a traceback is for --debug only
         return _unexpected(error, console, debug)
 

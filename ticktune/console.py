@@ -1,6 +1,7 @@
 """The only place that prints: results to stdout, everything else to stderr, text from outside escaped."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TextIO
 
-from ticktune.errors import TicktuneError
+from ticktune.errors import ReaderGone, TicktuneError
+from ticktune.files import finite
 
 # C0 and C1 controls and the bidirectional overrides: a terminal would obey them.
 _CONTROLS = {c: f"\\x{c:02x}" for c in (*range(0x20), 0x7F, *range(0x80, 0xA0))}
@@ -186,11 +188,16 @@ def table_of(figures: Iterable[tuple[str, float]]) -> list[list[str]]:
 
 
 def _json(document: dict[str, Any]) -> str:
-    return json.dumps(document, ensure_ascii=False).translate(_JSON_CONTROLS)
+    return json.dumps(finite(document), ensure_ascii=False, allow_nan=False).translate(_JSON_CONTROLS)
 
 
 def _write(stream: TextIO, text: str) -> None:
     # A terminal that cannot show a character (LC_ALL=C) gets its escape, never a UnicodeEncodeError.
     encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        # What is still buffered must not fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise ReaderGone("the reader of the output is gone") from None

@@ -26,9 +26,7 @@ class TicktuneError(Exception):
 
     def __init__(self, message: str | list[Problem], *, where: str = "", fix: str = "") -> None:
         self.problems = [Problem(message, where, fix)] if isinstance(message, str) else message
-        super().__init__(
-            "\n".join(f"{p.where}: {p.message}" if p.where else p.message for p in self.problems)
-        )
+        super().__init__("\n".join(f"{p.where}: {p.message}" if p.where else p.message for p in self.problems))
 
 
 class RecipeError(TicktuneError):
@@ -105,6 +103,13 @@ class MinimumMissed(TicktuneError):
 
     kind = "minimum"
     exit_code = 9
+
+
+class ReaderGone(TicktuneError):
+    """Whoever read our standard output has closed it; said to nobody."""
+
+    kind = "pipe"
+    exit_code = 141
 
 
 class Interrupted(TicktuneError):

@@ -81,13 +81,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON with :func:`write_text`; NaN and infinity are written as null."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:
     """Appends one JSON object as a line."""
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -259,13 +259,14 @@ def check_writable(directory: Path) -> None:
             probe.unlink()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Returns the value with NaN and infinity, which are not JSON, as None."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

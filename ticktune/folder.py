@@ -229,12 +229,14 @@ def result_relevant(recipe: Recipe) -> dict[str, Any]:
 
 
 def _moved(path: str, old: Path, new: Path) -> str:
-    if "$" in path:
+    if "$" in path or path.startswith("~"):
         return path
-    target = input_path(path, old).absolute()
+    target = (old / path).absolute()
     home = Path.home()
-    if target.is_relative_to(home) and not new.absolute().is_relative_to(home):
+    if target.is_relative_to(home) and (Path(path).is_absolute() or not new.absolute().is_relative_to(home)):
         return "~/" + target.relative_to(home).as_posix()  # no user's name in a file that may be shared
+    if Path(path).is_absolute():
+        return path
     return Path(os.path.relpath(target, new.absolute())).as_posix()
 
 

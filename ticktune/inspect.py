@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,33 +14,24 @@ from ticktune.export.widen import merge_obstacle
 from ticktune.patch.attach import adapter_parameters, attach, attachment_of, choose_form, head_candidates
 from ticktune.patch.layout import Layout, find_layout
 from ticktune.prepare import prepare
-from ticktune.recipe.load import load_recipe
+from ticktune.recipe.load import LoadedRecipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # A trained parameter, its gradient and AdamW's two averages, all float32.
 _TRAINED_BYTES = 16
 
 
-def inspect(target: str, overrides: Sequence[str], console: Console) -> None:
-    """Prints what is known before anything is trained.
+def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
+    """Prints what a recipe would train, and one example.
 
     Args:
-        target: A recipe file, or a base: Hub id, directory or ``package:NAME``.
-        overrides: ``key=value`` for a recipe.
+        loaded: The recipe.
         console: Where to print.
 
     Raises:
         TicktuneError: Of the stage that found a problem.
     """
     quiet_transformers()
-    if Path(target).suffix in (".yaml", ".yml"):
-        _inspect_recipe(Path(target), overrides, console)
-    else:
-        _inspect_base(target, console)
-
-
-def _inspect_recipe(path: Path, overrides: Sequence[str], console: Console) -> None:
-    loaded = load_recipe(path, overrides)
     prepared = prepare(loaded, console)
     recipe, task = loaded.recipe, prepared.task
     model = _without_weights(prepared.base, task.auto_class, task.config())
@@ -83,9 +73,7 @@ def _inspect_recipe(path: Path, overrides: Sequence[str], console: Console) -> N
     rows = [["what", "value"], ["task", recipe.task], ["base", prepared.base.name]]
     rows += [["rows", ", ".join(f"{len(r):,} {name}" for name, r in prepared.rows.items())]]
     rows += _layout_rows(record.layout)
-    layers = "; ".join(
-        f"{stack} {_ranges(numbers)}" for stack, numbers in record.plan.layers.items() if numbers
-    )
+    layers = "; ".join(f"{stack} {_ranges(numbers)}" for stack, numbers in record.plan.layers.items() if numbers)
     rows += [
         ["ticks", f"{record.plan.form}, dim {record.plan.dim}, layers: {layers}" if layers else "none"],
         ["norms trained", _norm_text(record.plan.norms)],
@@ -100,10 +88,20 @@ def _inspect_recipe(path: Path, overrides: Sequence[str], console: Console) -> N
         ["memory", f"{memory / 1e6:.0f} MB for weights and optimizer; activations come on top"],
     ]
     rows += [[f"example: {kind}", _short(text)] for kind, text in pieces]
-    console.result(document, rows, title=str(path))
+    console.result(document, rows, title=str(loaded.path))
 
 
-def _inspect_base(name: str, console: Console) -> None:
+def inspect_base(name: str, console: Console) -> None:
+    """Prints what a base offers.
+
+    Args:
+        name: Hub id, directory or ``package:NAME``.
+        console: Where to print.
+
+    Raises:
+        BaseModelError: It is not there, or has no known feed-forward blocks.
+    """
+    quiet_transformers()
     base = locate_base(name)
     architectures = getattr(load_config(base), "architectures", None) or [None]
     model = _without_weights(base, "AutoModel" if architectures[0] is None else architectures[0], {})

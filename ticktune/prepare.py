@@ -132,18 +132,14 @@ def read_splits(loaded: LoadedRecipe, poll: Poll = _no_poll, names: tuple[str, .
         if len(left) <= len(shares):
             raise DataError("too few rows to take a fraction of them", where=train.source)
         for name, share in shares.items():
-            rest, chosen = split_rows(
-                len(left), min(0.99, share * len(train) / len(left)), seed=seed, name=name
-            )
+            rest, chosen = split_rows(len(left), min(0.99, share * len(train) / len(left)), seed=seed, name=name)
             rows[name] = train.select([left[i] for i in chosen])
             left = [left[i] for i in rest]
         rows["train"] = train.select(left)
     return {name: rows[name] for name in ("train", "validation", "test") if name in rows and name in wanted}
 
 
-def encode(
-    task: Task, rows: Rows, tokenizer_files: Path, *, labelled: bool = True, poll: Poll = _no_poll
-) -> Encoded:
+def encode(task: Task, rows: Rows, tokenizer_files: Path, *, labelled: bool = True, poll: Poll = _no_poll) -> Encoded:
     """Tokenises a split; see :func:`ticktune.data.encode.encode_rows`."""
     identity = [task.name, asdict(task.options), task.state(), tokenizer_identity(tokenizer_files)]  # type: ignore[attr-defined]
     return encode_rows(task, rows, identity, labelled=labelled, poll=poll)
@@ -208,9 +204,7 @@ def load_target(
     model, fresh = load_model(files, facts.model_class, dtype=held, config=task.config())
     unknown = sorted(set(fresh) - set(facts.plan["head"] if target.kind == "adapter" else ()))
     if unknown:
-        raise BaseModelError(
-            f"the parameter {unknown[0]} is in no file: its values would be random", where=target.name
-        )
+        raise BaseModelError(f"the parameter {unknown[0]} is in no file: its values would be random", where=target.name)
     if target.kind == "adapter":
         attach_adapter(model, target.path, facts)
     return Loaded(
@@ -276,9 +270,7 @@ def read_file(path: Path, facts: AdapterFacts, *, labelled: bool, poll: Poll = _
 
 def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
     data: Data = loaded.recipe.data
-    whole = source.sample_by == "document" or (
-        source.sample_by == "auto" and loaded.recipe.task == "causal-lm"
-    )
+    whole = source.sample_by == "document" or (source.sample_by == "auto" and loaded.recipe.task == "causal-lm")
     try:
         return read_rows(
             source,
@@ -294,9 +286,7 @@ def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
             str(error.problems[0].message), where=loaded.where(f"data.{name}"), fix=error.problems[0].fix
         ) from error
     except DataError as error:
-        named = [
-            type(p)(p.message, f"{p.where} ({loaded.where(f'data.{name}')})", p.fix) for p in error.problems
-        ]
+        named = [type(p)(p.message, f"{p.where} ({loaded.where(f'data.{name}')})", p.fix) for p in error.problems]
         raise DataError(named) from error
 
 
@@ -307,9 +297,7 @@ def _warn_overlap(rows: dict[str, Rows], console: Console) -> None:
             both = sum(repr(row) in train for row in rows[name].as_list())
             if both:
                 share = 100 * both / len(rows[name])
-                console.warn(
-                    f"{both} of the {len(rows[name])} {name} rows ({share:.1f} %) are training rows too"
-                )
+                console.warn(f"{both} of the {len(rows[name])} {name} rows ({share:.1f} %) are training rows too")
 
 
 def _say_report(examples: Encoded, name: str, max_length: int, console: Console) -> None:
@@ -324,6 +312,4 @@ def _say_report(examples: Encoded, name: str, max_length: int, console: Console)
         )
     if report.unsupervised:
         places = ", ".join(examples.source.where(i) for i in report.unsupervised[:3])
-        console.warn(
-            f"{name}: {len(report.unsupervised)} rows have nothing to learn from and were left out: {places}"
-        )
+        console.warn(f"{name}: {len(report.unsupervised)} rows have nothing to learn from and were left out: {places}")

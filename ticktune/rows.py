@@ -51,19 +51,13 @@ def evaluation_rows(target: Target, split: str | None = None, data: Path | None 
             where=target.name,
             fix="add --data FILE",
         )
-    known = [
-        name for name in ("test", "validation", "train") if getattr(loaded.recipe.data, name) is not None
-    ]
+    known = [name for name in ("test", "validation", "train") if getattr(loaded.recipe.data, name) is not None]
     if split is None:
         split = next((name for name in known if name != "train"), None)
         if split is None:
-            raise DataError(
-                "the recipe has no test or validation rows", where=target.name, fix="add --data FILE"
-            )
+            raise DataError("the recipe has no test or validation rows", where=target.name, fix="add --data FILE")
     if split not in known:
-        raise UsageError(
-            f"the recipe has no {split} rows", where="--split", fix=f"one of: {', '.join(known)}"
-        )
+        raise UsageError(f"the recipe has no {split} rows", where="--split", fix=f"one of: {', '.join(known)}")
     return read_splits(loaded, names=(split,))[split], split
 
 

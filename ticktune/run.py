@@ -1,6 +1,5 @@
 """train, evaluate, predict, export: the story, one stage after the other."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ from ticktune.prepare import (
     load_trainable,
     prepare,
 )
-from ticktune.recipe.load import LoadedRecipe, load_recipe
+from ticktune.recipe.load import LoadedRecipe
 from ticktune.rows import evaluation_rows, evidence_of, prediction_rows
 from ticktune.session import Session, begin, recipe_identity
 from ticktune.signals import Signals, StopAsked, watched_signals
@@ -48,12 +47,11 @@ from ticktune.signals import Signals, StopAsked, watched_signals
 _PREDICT_BATCH = 32
 
 
-def train(recipe_path: Path, overrides: Sequence[str], console: Console, *, restart: bool = False) -> None:
+def train(loaded: LoadedRecipe, console: Console, *, restart: bool = False) -> None:
     """Trains a recipe; the same call again goes on where an interrupted run stopped.
 
     Args:
-        recipe_path: The recipe.
-        overrides: ``key=value`` from the command line.
+        loaded: The recipe.
         console: Where to print.
         restart: Forget what the run folder holds of this run.
 
@@ -61,7 +59,6 @@ def train(recipe_path: Path, overrides: Sequence[str], console: Console, *, rest
         TicktuneError: Of the stage that found a problem; nothing that verified before is lost.
     """
     quiet_transformers()
-    loaded = load_recipe(recipe_path, overrides)
     refuse_several_processes()
     run = RunFolder(output_path(loaded))
     run.check_foreign()
@@ -152,12 +149,9 @@ def evaluate(
     metrics = score(used.model, used.task, examples, used.compute, _PREDICT_BATCH)
     for metric, _, _ in bounds:
         if metric not in metrics:
-            raise UsageError(
-                f"there is no metric {metric} here", where="--min", fix=f"one of: {', '.join(metrics)}"
-            )
-    shown = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+            raise UsageError(f"there is no metric {metric} here", where="--min", fix=f"one of: {', '.join(metrics)}")
     console.result(
-        {"split": name, "rows": len(rows), "metrics": shown},
+        {"split": name, "rows": len(rows), "metrics": metrics},
         table_of(metrics.items()),
         title=f"{target.name}: {name}, {len(rows)} rows",
     )
@@ -235,9 +229,7 @@ def export(
             raise Interrupted("stopped; nothing was written", signal_number=stop.number) from None
 
 
-def _export_adapter(
-    target: Target, console: Console, output: Path | None, force: bool, base: str | None
-) -> None:
+def _export_adapter(target: Target, console: Console, output: Path | None, force: bool, base: str | None) -> None:
     facts = read_facts(target.path)
     if facts.task is not None:
         load_target(target, base=base)

@@ -139,12 +139,8 @@ class Session:
         """
         newest = checkpoint.newest_valid(self.run.checkpoints)
         if newest is not None:
-            self.progress, self.best = checkpoint.restore_checkpoint(
-                newest, self.model, self.optimizer, self.scaler
-            )
-            self.console.note(
-                f"{self.run.path}: going on after step {self.progress.step} of {self.plan.total}"
-            )
+            self.progress, self.best = checkpoint.restore_checkpoint(newest, self.model, self.optimizer, self.scaler)
+            self.console.note(f"{self.run.path}: going on after step {self.progress.step} of {self.plan.total}")
         self.run.trim_metrics(self.progress.step)
         self.run.update(status="running")
         try:
@@ -184,9 +180,7 @@ class Session:
                 if is_last or stop_early or self.plan.due(report.step, self.recipe.checkpoints.every):
                     self._save()
                 if stop_early:
-                    bar.note(
-                        f"no better {self.metric} in {self.progress.bad_evaluations} evaluations: stopping"
-                    )
+                    bar.note(f"no better {self.metric} in {self.progress.bad_evaluations} evaluations: stopping")
                     return
 
     def _batches(self, first: int) -> Iterator[list[Batch]]:
@@ -198,9 +192,7 @@ class Session:
             for batch in order[step - epoch * self.plan.per_epoch :]:
                 if step >= self.plan.total:
                     return
-                yield [
-                    task.collate(examples.take(part)) for part in micro_batches(batch, self.micro_batch_size)
-                ]
+                yield [task.collate(examples.take(part)) for part in micro_batches(batch, self.micro_batch_size)]
                 self.signals.poll()
                 step += 1
             epoch += 1
@@ -330,9 +322,7 @@ def _hashes(prepared: Prepared, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _first_record(
-    prepared: Prepared, model: nn.Module, run: RunFolder, hashes: dict[str, Any]
-) -> dict[str, Any]:
+def _first_record(prepared: Prepared, model: nn.Module, run: RunFolder, hashes: dict[str, Any]) -> dict[str, Any]:
     trained = sum(p.numel() for _, _, p in adapter_parameters(model))
     total = sum(p.numel() for p in model.parameters())
     base = prepared.base

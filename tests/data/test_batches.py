@@ -58,9 +58,7 @@ def test_evaluation_starts_with_the_longest() -> None:
 @pytest.mark.parametrize(
     ("count", "fraction", "size"), [(10, 0.3, 3), (7, 0.5, 4), (10, 0.001, 1), (10, 0.999, 9), (2, 0.5, 1)]
 )
-def test_a_split_has_the_asked_share_and_leaves_rows_on_both_sides(
-    count: int, fraction: float, size: int
-) -> None:
+def test_a_split_has_the_asked_share_and_leaves_rows_on_both_sides(count: int, fraction: float, size: int) -> None:
     rest, chosen = split_rows(count, fraction, seed=0, name="validation")
     assert len(chosen) == size
     assert sorted(rest + chosen) == list(range(count))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.models import word_tokenizer
+from ticktune import prepare
 from ticktune.data import encode
 from ticktune.data.encode import Encoded, encode_rows, tokenizer_identity
 from ticktune.data.read import Rows, build_rows, read_rows
@@ -106,6 +107,25 @@ def test_other_content_is_not_taken_from_the_cache(cached: Path, change: str) ->
     assert task.calls == [20]
 
 
+@pytest.mark.parametrize("change", ["max_length", "tokenizer"])
+def test_another_max_length_or_tokenizer_is_not_taken_from_the_cache(cached: Path, tmp_path: Path, change: str) -> None:
+    (tmp_path / "tokenizer.json").write_text("one")
+    prepare.encode(counting(8), rows_of(PAIRS), tmp_path)
+    task = counting(9 if change == "max_length" else 8)
+    if change == "tokenizer":
+        (tmp_path / "tokenizer.json").write_text("two")
+    prepare.encode(task, rows_of(PAIRS), tmp_path)
+    assert task.calls == [20]
+
+
+def test_the_same_task_and_tokenizer_are_taken_from_the_cache(cached: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("one")
+    prepare.encode(counting(), rows_of(PAIRS), tmp_path)
+    task = counting()
+    prepare.encode(task, rows_of(PAIRS), tmp_path)
+    assert task.calls == []
+
+
 def test_other_columns_of_the_same_file_are_not_taken_from_the_cache(cached: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "w1", "b": "w2", "c": "w3"}\n')
     found = []
@@ -116,9 +136,7 @@ def test_other_columns_of_the_same_file_are_not_taken_from_the_cache(cached: Pat
     assert found == [[5, 7, 3], [6, 7, 3], [5, 6, 7, 3]]
 
 
-def test_a_damaged_cache_is_built_again_with_a_warning(
-    cached: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_cache_is_built_again_with_a_warning(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = encode_rows(counting(), rows_of(PAIRS), None)
     (arrow,) = cached.glob("*/examples/*.arrow")
     data = bytearray(arrow.read_bytes())
@@ -142,9 +160,7 @@ def test_a_rebuilt_cache_is_used_again(cached: Path) -> None:
     assert task.calls == []
 
 
-def test_a_cache_that_cannot_be_written_is_only_a_warning(
-    cached: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cache_that_cannot_be_written_is_only_a_warning(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cached.parent.parent.write_text("a file where the cache should be")
     assert len(encode_rows(counting(), rows_of(PAIRS), None)) == 20
     assert "warning: the tokenised rows are not kept: " in capsys.readouterr().err
@@ -184,8 +200,7 @@ def test_too_many_rows_without_supervised_tokens_are_refused() -> None:
         encode_rows(task, rows, None)
     problem = caught.value.problems[0]
     assert problem.message == (
-        "6 of 100 rows (6 %) have nothing to learn from after cutting to max_length: "
-        "a.jsonl:1, a.jsonl:2, a.jsonl:3"
+        "6 of 100 rows (6 %) have nothing to learn from after cutting to max_length: a.jsonl:1, a.jsonl:2, a.jsonl:3"
     )
     assert (problem.where, problem.fix) == ("a.jsonl", "raise data.max_length, or remove these rows")
 

@@ -94,9 +94,7 @@ def test_a_txt_file_may_be_one_row(tmp_path: Path) -> None:
 
 
 def test_u2028_inside_a_json_string_does_not_end_the_line(tmp_path: Path) -> None:
-    content = '{"text": "a\u2028b\u0085c\x0bd", "label": "x"}\n{"text": "b", "label": "y"}\n'.replace(
-        "\x0b", "\\u000b"
-    )
+    content = '{"text": "a\u2028b\u0085c\x0bd", "label": "x"}\n{"text": "b", "label": "y"}\n'.replace("\x0b", "\\u000b")
     rows = read(tmp_path, "a.jsonl", content)
     assert rows.as_list()[0]["text"] == "a\u2028b\u0085c\x0bd"
     assert rows.lines == [1, 2]

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def _zero_one_column(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloaded]:
+def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Reloaded:
     """Merges every family and reloads all of them: one fresh process for each kind of input."""
     import transformers
 
@@ -82,7 +81,7 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloaded]:
         found[name] = Case({}, {}, {}, {})
         tensors: dict[str, Tensor] = {}
         for dtype in ("float32", "float64"):
-            # Loaded in this dtype, not cast to it: Gemma has a constant that it computes in the dtype of loading.
+            # Loaded in this dtype, not cast to it: Gemma computes a constant in the dtype of loading.
             loader = getattr(transformers, auto[name])
             model = loader.from_pretrained(folder / "control" / name, dtype=getattr(torch, dtype)).eval()
             found[name].base[dtype] = _logits(model, batch)
@@ -126,7 +125,7 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloaded]:
             for name in names:
                 for which in (found[name].merged, found[name].control):
                     which["float32"], which["float64"] = answers.pop(0), answers.pop(0)
-    yield Reloaded(found, broken, said)
+    return Reloaded(found, broken, said)
 
 
 def _compare(case: Case, dtype: str, tolerance: float) -> verify.Verification:

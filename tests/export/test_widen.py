@@ -15,7 +15,7 @@ from ticktune.patch.layout import find_layout
 
 DIM = 5
 # Family -> config field of the width, and the width before.
-WIDTHS = {name: ("intermediate_size", 82) for name in models.families()} | {
+WIDTHS = dict.fromkeys(models.families(), ("intermediate_size", 82)) | {
     "distilbert": ("hidden_dim", 82),
     "gpt2": ("n_inner", 192),
     "opt": ("ffn_dim", 82),

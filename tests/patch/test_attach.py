@@ -106,9 +106,7 @@ def test_unknown_family_is_refused_with_exit_code_3() -> None:
     config = ConvBertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=8
     )
-    with pytest.raises(
-        PatchError, match="no feed-forward blocks are known for the model type 'convbert'"
-    ) as e:
+    with pytest.raises(PatchError, match="no feed-forward blocks are known for the model type 'convbert'") as e:
         attach(ConvBertModel(config), 4)
     assert e.value.exit_code == 3
     with pytest.raises(PatchError):
@@ -136,9 +134,7 @@ def test_gated_ticks_on_plain_blocks_are_refused() -> None:
 def test_parameters_of_a_tick_by_role(family: str, form: str, roles: str) -> None:
     model = attach(_build(family), 4, form=form, norms="none")
     for key in _ticks(model):
-        own = {
-            role: tuple(p.shape) for k, role, p in adapter_parameters(model) if k.startswith(f"{key}.ffn.")
-        }
+        own = {role: tuple(p.shape) for k, role, p in adapter_parameters(model) if k.startswith(f"{key}.ffn.")}
         shapes = {"Q": (4, 48), "r": (4,), "U": (4, 48), "P": (48, 4)}
         assert own == {role: shapes[role] for role in roles}
 
@@ -327,9 +323,7 @@ def test_base_state_is_the_base_without_ticks_and_head() -> None:
     models.perturb(p for _, _, p in adapter_parameters(model))
     found = base_state(model)
     assert found.keys() == before.keys()
-    assert all(
-        found[name].dtype == torch.bfloat16 and torch.equal(found[name], before[name]) for name in before
-    )
+    assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], before[name]) for name in before)
 
 
 def test_adapter_state_is_loaded_strictly() -> None:

@@ -20,9 +20,7 @@ def _logits(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bool) ->
     return logits
 
 
-def _step_zero(
-    family: str, dtype: torch.dtype, norms: str, autocast: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _step_zero(family: str, dtype: torch.dtype, norms: str, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
     model = models.families()[family]().to(dtype).requires_grad_(False)
     batch = models.inputs(model)
     before = _logits(model, batch, autocast)
@@ -34,9 +32,7 @@ def _step_zero(
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_step_zero_with_ticks_is_the_base_bit_for_bit(
-    family: str, dtype: torch.dtype, autocast: bool
-) -> None:
+def test_step_zero_with_ticks_is_the_base_bit_for_bit(family: str, dtype: torch.dtype, autocast: bool) -> None:
     before, after = _step_zero(family, dtype, "none", autocast)
     assert before.dtype == after.dtype
     assert bits(before) == bits(after)
@@ -49,8 +45,8 @@ def test_step_zero_with_ticks_and_norms_is_the_base_bit_for_bit(
     family: str, dtype: torch.dtype, autocast: bool
 ) -> None:
     if family == "t5" and dtype == torch.bfloat16:
-        # T5LayerNorm rounds x / rms to bfloat16 before it multiplies, but only when its weight is bfloat16. With a
-        # float32 master it rounds once, after: the result is nearer the exact norm, and not bitwise the base's.
+        # T5LayerNorm rounds x / rms to bfloat16 before it multiplies, but only when its weight is bfloat16.
+        # With a float32 master it rounds once, after: nearer the exact norm, and not bitwise the base's.
         before, after = _step_zero(family, dtype, "all", autocast)
         assert before.dtype == after.dtype
         torch.testing.assert_close(before.float(), after.float(), rtol=0.05, atol=0.1)

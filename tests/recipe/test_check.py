@@ -63,9 +63,7 @@ def accepted(folder: Path, text: str) -> Recipe:
         ),
         (
             HEAD + "data: {train: {hub: a}, test: {hub: a, split: train}}\n",
-            Problem(
-                "these are the training rows", "r.yaml:3:25 data.test", "name other rows, or {fraction: 0.1}"
-            ),
+            Problem("these are the training rows", "r.yaml:3:25 data.test", "name other rows, or {fraction: 0.1}"),
         ),
         (
             HEAD + "data: {train: a, validation: {fraction: 0.5}, test: {fraction: 0.5}}\n",
@@ -87,11 +85,8 @@ def accepted(folder: Path, text: str) -> Recipe:
             ),
         ),
         (
-            HEAD.replace("text-classification", "causal-lm")
-            + "data: {train: a, columns: {text: a, prompt: b}}\n",
-            Problem(
-                "expected text or prompt+response or messages, found prompt+text", "r.yaml:3:18 data.columns"
-            ),
+            HEAD.replace("text-classification", "causal-lm") + "data: {train: a, columns: {text: a, prompt: b}}\n",
+            Problem("expected text or prompt+response or messages, found prompt+text", "r.yaml:3:18 data.columns"),
         ),
         (
             HEAD + "data: {train: a}\ntraining: {epochs: 1, steps: 5}\n",
@@ -124,15 +119,11 @@ def accepted(folder: Path, text: str) -> Recipe:
         ),
         (
             HEAD + 'data: {train: a}\noutput: "a\\nb"\n',
-            Problem(
-                "the path holds a control character or a name of more than 255 bytes", "r.yaml:4:1 output"
-            ),
+            Problem("the path holds a control character or a name of more than 255 bytes", "r.yaml:4:1 output"),
         ),
         (
             HEAD + f"data: {{train: a}}\noutput: runs/{'é' * 128}\n",
-            Problem(
-                "the path holds a control character or a name of more than 255 bytes", "r.yaml:4:1 output"
-            ),
+            Problem("the path holds a control character or a name of more than 255 bytes", "r.yaml:4:1 output"),
         ),
     ],
 )
@@ -170,14 +161,9 @@ def test_a_template_of_plain_names_is_accepted(tmp_path: Path) -> None:
 
 
 def test_norms_alone_are_enough_to_train(tmp_path: Path) -> None:
-    assert (
-        accepted(tmp_path, HEAD + "data: {train: a}\nticks: {dim: 0}\nhead: {train: false}\n").ticks.dim == 0
-    )
+    assert accepted(tmp_path, HEAD + "data: {train: a}\nticks: {dim: 0}\nhead: {train: false}\n").ticks.dim == 0
 
 
 def test_a_metric_of_the_task_is_accepted(tmp_path: Path) -> None:
-    text = (
-        HEAD.replace("text-classification", "causal-lm")
-        + "data: {train: a}\nevaluation: {metric: perplexity}\n"
-    )
+    text = HEAD.replace("text-classification", "causal-lm") + "data: {train: a}\nevaluation: {metric: perplexity}\n"
     assert accepted(tmp_path, text).evaluation.metric == "perplexity"

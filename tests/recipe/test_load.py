@@ -77,9 +77,7 @@ def test_an_unknown_key_without_a_near_one_lists_the_known_ones(tmp_path: Path) 
         ),
     ],
 )
-def test_a_key_at_the_wrong_level_names_where_it_belongs(
-    tmp_path: Path, text: str, where: str, fix: str
-) -> None:
+def test_a_key_at_the_wrong_level_names_where_it_belongs(tmp_path: Path, text: str, where: str, fix: str) -> None:
     assert only_problem(tmp_path, BASE + text) == Problem("unknown key", where, fix)
 
 
@@ -178,9 +176,7 @@ def test_a_quoted_number_is_not_a_number(tmp_path: Path, key: str, text: str) ->
     )
 
 
-@pytest.mark.parametrize(
-    "text", ["010", "1_000", "12:30", "0x10", "0o7", "1e2", "8.0", "true", "yes", "eight"]
-)
+@pytest.mark.parametrize("text", ["010", "1_000", "12:30", "0x10", "0o7", "1e2", "8.0", "true", "yes", "eight"])
 def test_what_is_no_whole_number_in_yaml_1_2_is_refused_as_one(tmp_path: Path, text: str) -> None:
     found = only_problem(tmp_path, f"{BASE}ticks:\n  dim: {text}\n")
     assert found == Problem(
@@ -290,9 +286,7 @@ def test_what_is_no_text_is_refused_as_text_with_a_hint_to_quote(tmp_path: Path,
 
 @pytest.mark.parametrize(("text", "shown"), [('""', '""'), ("'  '", '"  "')])
 def test_an_empty_text_is_refused(tmp_path: Path, text: str, shown: str) -> None:
-    assert only_problem(tmp_path, BASE.replace("some-model", text)).message == (
-        f"expected some text, found {shown}"
-    )
+    assert only_problem(tmp_path, BASE.replace("some-model", text)).message == (f"expected some text, found {shown}")
 
 
 def test_a_date_is_text(tmp_path: Path) -> None:
@@ -360,8 +354,7 @@ def test_norm_roles_come_in_one_order(tmp_path: Path) -> None:
 
 def test_an_unknown_norm_role_lists_the_roles(tmp_path: Path) -> None:
     assert only_problem(tmp_path, BASE + "norms: {train: [attn]}\n").message == (
-        "expected all, none, or a list of embedding, attention, cross_attention, ffn, final, q, k, "
-        "found [attn]"
+        "expected all, none, or a list of embedding, attention, cross_attention, ffn, final, q, k, found [attn]"
     )
 
 
@@ -410,9 +403,7 @@ def test_the_last_of_two_overrides_counts(tmp_path: Path) -> None:
 
 
 def test_an_override_may_be_null_a_list_or_a_group(tmp_path: Path) -> None:
-    recipe = load(
-        tmp_path, BASE, "optimizer.clip=null", "ticks.layers=[0, 2]", "schedule={warmup: 0.5}"
-    ).recipe
+    recipe = load(tmp_path, BASE, "optimizer.clip=null", "ticks.layers=[0, 2]", "schedule={warmup: 0.5}").recipe
     assert (recipe.optimizer.clip, recipe.ticks.layers, recipe.schedule.warmup) == (None, [0, 2], 0.5)
 
 
@@ -461,9 +452,7 @@ def test_an_override_under_a_data_path_keeps_the_path(tmp_path: Path) -> None:
     assert (source.path, source.limit) == ("train.jsonl", 5)
 
 
-@pytest.mark.parametrize(
-    "override", ["data.train=x.jsonl", "data.train.path=x.jsonl", "data.train={path: x.jsonl}"]
-)
+@pytest.mark.parametrize("override", ["data.train=x.jsonl", "data.train.path=x.jsonl", "data.train={path: x.jsonl}"])
 def test_a_path_on_the_command_line_starts_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
 ) -> None:
@@ -627,9 +616,7 @@ head: {train: false}
     assert load(tmp_path, dump_recipe(recipe)).recipe == recipe
 
 
-@pytest.mark.parametrize(
-    "text", ["1234e56", "1e-4", "y", "no", "010", "1_000", "12:30", "null", "a: b", "#x", "é"]
-)
+@pytest.mark.parametrize("text", ["1234e56", "1e-4", "y", "no", "010", "1_000", "12:30", "null", "a: b", "#x", "é"])
 def test_a_dumped_text_loads_as_the_same_text(tmp_path: Path, text: str) -> None:
     recipe = load(tmp_path, BASE.replace("some-model", f'm\n  revision: "{text}"')).recipe
     assert load(tmp_path, dump_recipe(recipe)).recipe.base.revision == text
@@ -679,9 +666,7 @@ def test_a_mistake_is_answered_before_anything_heavy_is_imported(tmp_path: Path)
         "    print(error)\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "r.yaml:6:1 lr: unknown key\n"), done.stderr
 
 
@@ -697,3 +682,15 @@ def test_infinity_and_nan_are_read_as_numbers() -> None:
 
     assert plain_scalar("-.inf") == -math.inf
     assert math.isnan(plain_scalar(".NaN"))
+
+
+def test_the_command_line_answers_a_mistake_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(BASE + "lr: 3\n")
+    code = (
+        "import sys\n"
+        "from ticktune.cli import entry\n"
+        "assert entry(['train', 'r.yaml']) == 2\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (0, "error[recipe]: r.yaml:6:1 lr: unknown key")

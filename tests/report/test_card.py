@@ -114,9 +114,7 @@ def test_values_cannot_break_a_table_or_add_a_heading(value: str) -> None:
     )
     assert shape(hostile) == shape(tame)
     assert headings(hostile) == headings(tame)
-    assert len(hostile.splitlines()) - len(front_lines(hostile)) == len(tame.splitlines()) - len(
-        front_lines(tame)
-    )
+    assert len(hostile.splitlines()) - len(front_lines(hostile)) == len(tame.splitlines()) - len(front_lines(tame))
 
 
 def front_lines(card: str) -> list[str]:

@@ -174,9 +174,7 @@ def test_values_cannot_inject_markup(value: str) -> None:
     hostile = Page(report_page(*with_value_everywhere(value)))
     tame = Page(report_page(*with_value_everywhere("a" * len(value))))
     assert hostile.tags == tame.tags
-    assert [(tag, name) for tag, name, _ in hostile.attributes] == [
-        (tag, name) for tag, name, _ in tame.attributes
-    ]
+    assert [(tag, name) for tag, name, _ in hostile.attributes] == [(tag, name) for tag, name, _ in tame.attributes]
 
 
 @pytest.mark.parametrize("value", HOSTILE[:-1])
@@ -221,9 +219,7 @@ def test_a_record_without_anything(empty: dict[str, Any]) -> None:
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, True, "0.5", [1], 10**400, 1e300])
 def test_what_is_no_finite_number_is_a_dash_and_not_drawn(value: Any) -> None:
     entries = [*ENTRIES, step(15, loss=value, lr=value, grad_norm=value), evaluation(15, accuracy=value)]
-    changed = record(
-        metrics={"accuracy": value}, steps=value, training_seconds=value, trained_parameters=value
-    )
+    changed = record(metrics={"accuracy": value}, steps=value, training_seconds=value, trained_parameters=value)
     text = report_page(changed, entries, "")
     page = Page(text)
     assert page.row("accuracy") == ["accuracy", "0.1000", DASH, DASH]
@@ -253,9 +249,7 @@ def test_curves_stay_inside_their_chart(losses: list[float]) -> None:
 
 
 def test_long_runs_are_thinned_but_keep_their_spikes() -> None:
-    entries = [
-        step(number, loss=9.0 if number == 33_333 else 1.0 + number % 2) for number in range(1, 50_001)
-    ]
+    entries = [step(number, loss=9.0 if number == 33_333 else 1.0 + number % 2) for number in range(1, 50_001)]
     text = report_page(record(), entries, "")
     raw, smoothed, *_ = coordinates(text)
     assert 700 <= len(raw) <= 800
@@ -294,6 +288,4 @@ def test_smoothing_keeps_a_constant_and_damps_noise() -> None:
 
 def test_is_the_same_for_a_record_read_from_json() -> None:
     again = json.loads(json.dumps(record()))
-    assert report_page(again, json.loads(json.dumps(ENTRIES)), "a: 1") == report_page(
-        record(), ENTRIES, "a: 1"
-    )
+    assert report_page(again, json.loads(json.dumps(ENTRIES)), "a: 1") == report_page(record(), ENTRIES, "a: 1")

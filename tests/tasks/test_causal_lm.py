@@ -64,19 +64,19 @@ def test_the_end_of_a_text_is_learned() -> None:
     assert example == {"row": 0, "length": 3, "input_ids": [*ids(1, 2), EOS], "labels": [*ids(1, 2), EOS]}
 
 
-def test_a_text_is_cut_into_windows_without_loss_or_overlap() -> None:
+def test_a_text_is_cut_into_windows_that_share_one_token_so_that_each_token_is_predicted_once() -> None:
     examples, report = encode(task_of(("text",), 4), {"text": "w0"}, {"text": "w1 w2 w3 w4 w5 w6"})
     assert [(e["row"], e["input_ids"]) for e in examples] == [
         (0, [*ids(0), EOS]),
         (1, ids(1, 2, 3, 4)),
-        (1, [*ids(5, 6), EOS]),
+        (1, [*ids(4, 5, 6), EOS]),
     ]
     assert report == EncodingReport()
 
 
-def test_a_window_of_one_token_is_left_out() -> None:
+def test_the_end_token_is_predicted_even_when_the_windows_come_out_even() -> None:
     examples, _ = encode(task_of(("text",), 3), {"text": "w1 w2 w3"})
-    assert [e["input_ids"] for e in examples] == [ids(1, 2, 3)]
+    assert [e["input_ids"] for e in examples] == [ids(1, 2, 3), [*ids(3), EOS]]
 
 
 def test_an_empty_text_is_counted_as_unsupervised() -> None:
@@ -181,9 +181,7 @@ def test_a_conversation_without_an_assistant_is_counted_as_unsupervised() -> Non
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     template = "w{{ messages | length }} " + TEMPLATE
-    with pytest.raises(
-        DataError, match="does not render a conversation as its beginning and a rest"
-    ) as caught:
+    with pytest.raises(DataError, match="does not render a conversation as its beginning and a rest") as caught:
         encode(chat_task(template=template), chat(("user", "w1"), ("assistant", "w2")))
     assert caught.value.problems[0].fix == (
         "use prompt and response columns, or a tokenizer with a plain chat template"

@@ -21,15 +21,11 @@ def where(i: int) -> str:
     return f"a:b.jsonl:{i + 1}"
 
 
-def options(
-    problem: str = "auto", columns: tuple[str, ...] = ("text", "label"), max_length: int = 16
-) -> TaskOptions:
+def options(problem: str = "auto", columns: tuple[str, ...] = ("text", "label"), max_length: int = 16) -> TaskOptions:
     return TaskOptions(columns, max_length, problem)
 
 
-def build(
-    labels: Sequence[Any], problem: str = "auto", id2label: dict[int, str] | None = None
-) -> TextClassification:
+def build(labels: Sequence[Any], problem: str = "auto", id2label: dict[int, str] | None = None) -> TextClassification:
     rows = [{"text": "w1", "label": label} for label in labels]
     config = SimpleNamespace(id2label=id2label)
     task = build_task("text-classification", options(problem), rows, where, word_tokenizer(), config)
@@ -70,9 +66,7 @@ def task_of(problem: Any, labels: int = 3) -> TextClassification:
         ([float("inf"), 1.0], "single", ("1", "inf")),
     ],
 )
-def test_problem_and_labels_are_read_off_the_rows(
-    labels: list[Any], problem: str, names: tuple[str, ...]
-) -> None:
+def test_problem_and_labels_are_read_off_the_rows(labels: list[Any], problem: str, names: tuple[str, ...]) -> None:
     task = build(labels)
     assert (task.problem, task.labels) == (problem, names)
 
@@ -160,16 +154,12 @@ def test_labels_that_make_no_task_are_refused(labels: list[Any], problem: str, e
         (
             ["a", "b"],
             "c",
-            Problem(
-                "1 label does not occur in the training rows: 'c'", where(1), "the training rows have: a, b"
-            ),
+            Problem("1 label does not occur in the training rows: 'c'", where(1), "the training rows have: a, b"),
         ),
         (
             [["a"], ["b"]],
             ["a", "c"],
-            Problem(
-                "1 label does not occur in the training rows: 'c'", where(1), "the training rows have: a, b"
-            ),
+            Problem("1 label does not occur in the training rows: 'c'", where(1), "the training rows have: a, b"),
         ),
         (["a", "b"], ["a"], Problem("expected a label, found ['a']", where(1))),
         ([["a"], ["b"]], "a", Problem("expected a list of labels, found 'a'", where(1))),
@@ -177,9 +167,7 @@ def test_labels_that_make_no_task_are_refused(labels: list[Any], problem: str, e
         ([0.5, 1.0], True, Problem("expected a finite number as label, found True", where(1))),
     ],
 )
-def test_a_row_of_another_split_with_a_strange_label_is_refused(
-    labels: list[Any], row: Any, expected: Problem
-) -> None:
+def test_a_row_of_another_split_with_a_strange_label_is_refused(labels: list[Any], row: Any, expected: Problem) -> None:
     task = build(labels)
     with pytest.raises(DataError) as caught:
         task.check([{"text": "w1", "label": labels[0]}, {"text": "w1", "label": row}], where)
@@ -310,9 +298,7 @@ def test_the_loss_of_values_is_summed_squared_error() -> None:
 # Metrics: seven rows in batches of four, against closed forms
 
 
-def scores_of(
-    task: TextClassification, logits: torch.Tensor, target: torch.Tensor, size: int = 4
-) -> dict[str, float]:
+def scores_of(task: TextClassification, logits: torch.Tensor, target: torch.Tensor, size: int = 4) -> dict[str, float]:
     metrics = task.metrics()
     for start in range(0, len(logits), size):
         part = slice(start, start + size)
@@ -390,9 +376,7 @@ def test_ties_count_half_in_the_auroc() -> None:
 def test_metrics_of_several_labels_over_uneven_batches() -> None:
     logits = LOGITS.clone()
     logits[3] = 1.0
-    target = torch.tensor(
-        [[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 1, 1]]
-    ).float()
+    target = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 1, 1]]).float()
     found = scores_of(task_of("multi"), logits, target)
     truth, guess = target.numpy().astype(bool), logits.numpy() > 0
     p = expit(logits.double().numpy())
@@ -428,9 +412,7 @@ def test_metrics_of_values_over_uneven_batches(size: int) -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("problem", "metric"), [("single", "accuracy"), ("multi", "f1"), ("regression", "spearman")]
-)
+@pytest.mark.parametrize(("problem", "metric"), [("single", "accuracy"), ("multi", "f1"), ("regression", "spearman")])
 def test_the_default_metric_is_among_the_metrics(problem: str, metric: str) -> None:
     task = task_of(problem)
     assert task.default_metric == metric

@@ -10,9 +10,7 @@ from torch import nn
 from ticktune.recipe.schema import Optimizer, Schedule
 from ticktune.train.groups import build_optimizer, lr_factor
 
-OPTIONS = Optimizer(
-    lr=1e-3, p_lr_ratio=5.0, norm_lr=2e-3, head_lr=3e-3, weight_decay=0.1, eps=1e-6, betas=[0.8, 0.95]
-)
+OPTIONS = Optimizer(lr=1e-3, p_lr_ratio=5.0, norm_lr=2e-3, head_lr=3e-3, weight_decay=0.1, eps=1e-6, betas=[0.8, 0.95])
 
 
 def groups_of(*members: tuple[Any, tuple[int, ...]], options: Optimizer = OPTIONS) -> list[dict[str, Any]]:
@@ -89,9 +87,7 @@ def test_a_role_without_decay_does_not_shrink_without_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize(
-    ("total", "warmup"), [(100, 0.06), (7, 0.3), (1, 0.0), (10, 0.0), (10, 1.0), (3, 0.5)]
-)
+@pytest.mark.parametrize(("total", "warmup"), [(100, 0.06), (7, 0.3), (1, 0.0), (10, 0.0), (10, 1.0), (3, 0.5)])
 def test_the_schedule_equals_its_closed_form(name: Any, total: int, warmup: float) -> None:
     first = next(w for w in range(total + 1) if w >= warmup * total)  # the smallest whole number of steps
     for step in range(total):

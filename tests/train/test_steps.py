@@ -11,7 +11,7 @@ from tests.training import CPU, CPU_FP16, Work, causal_lm, classification, optim
 from ticktune.checkpoint import Progress, restore_checkpoint, save_checkpoint
 from ticktune.errors import NumericsError
 from ticktune.evaluate import score
-from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.attach import adapter_parameters, attach, set_training
 from ticktune.train.steps import StepReport
 
 
@@ -30,7 +30,7 @@ def _after_one_step(folder: Path, micro: int) -> tuple[StepReport, float, dict[s
     work = causal_lm(folder, rows=8)
     attach(work.model, 4)
     before = snapshot(work.model)
-    # A large eps: with the usual one, AdamW's first step is the sign of the gradient, even of rounding errors.
+    # A large eps: with the usual one, AdamW's first step is the sign even of rounding errors.
     optimizer = optimizer_of(work.model, lr=0.1, norm_lr=0.1, eps=1e-2)
     [report] = steps(work, work.batches(8, micro), optimizer)
     after = snapshot(work.model)
@@ -154,9 +154,7 @@ def test_fp16_run_goes_on_bit_for_bit_after_a_restore(tiny_llama: Path, tmp_path
     restore_checkpoint(tmp_path / f"step-{done:08d}", again.model, optimizer, scaler)
     rest = [
         (r.loss, r.skipped, r.scale, r.lr, r.grad_norm)
-        for r in steps(
-            again, work.batches(4)[done:], optimizer, scaler=scaler, compute=CPU_FP16, first_step=done
-        )
+        for r in steps(again, work.batches(4)[done:], optimizer, scaler=scaler, compute=CPU_FP16, first_step=done)
     ]
     assert any(skipped for _, skipped, *_ in whole)
     assert repr(rest) == repr(whole[done:])  # as text, because an infinite norm may be NaN
@@ -167,11 +165,10 @@ def test_seventeen_overflows_in_a_row_are_an_error(tiny_llama: Path) -> None:
     work, optimizer, _ = _fp16_work(tiny_llama)
     before = snapshot(work.model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**70)
-    seen = []
+    loop = steps(work, work.batches(4) * 3, optimizer, scaler=scaler, compute=CPU_FP16)
+    assert [next(loop).skipped for _ in range(16)] == [True] * 16
     with pytest.raises(NumericsError, match="step 17: fp16 overflowed in 17 steps in a row"):
-        for report in steps(work, work.batches(4) * 3, optimizer, scaler=scaler, compute=CPU_FP16):
-            seen.append(report.skipped)
-    assert seen == [True] * 16
+        next(loop)
     assert same(snapshot(work.model), before)
 
 
@@ -224,6 +221,17 @@ def test_evaluation_between_steps_changes_nothing(tiny_bert: Path) -> None:
     assert same(_trained(tiny_bert, between=evaluate), alone)
     assert len(scores) == 3
     assert scores[0]["loss"] != scores[2]["loss"]
+
+
+@pytest.mark.parametrize("base_dropout", [False, True])
+def test_evaluation_gives_every_module_its_mode_back(tiny_bert: Path, base_dropout: bool) -> None:
+    work = classification(tiny_bert)
+    attach(work.model, 4, dropout=0.1)
+    set_training(work.model, True, base_dropout=base_dropout)
+    modes = [module.training for module in work.model.modules()]
+    assert len(set(modes)) == (1 if base_dropout else 2)
+    score(work.model, work.task, work.examples, CPU, 5)
+    assert [module.training for module in work.model.modules()] == modes
 
 
 def test_random_numbers_drawn_elsewhere_change_nothing(tiny_bert: Path) -> None:

@@ -66,9 +66,7 @@ def encode_rows(
     import datasets
 
     cached = len(rows) >= _CACHE_FROM_ROWS
-    target = _cache_directory() / sha256_json(
-        [_FORMAT, rows.sha256, rows.templates, rows.lines, identity, labelled]
-    )
+    target = _cache_directory() / sha256_json([_FORMAT, rows.sha256, rows.templates, rows.lines, identity, labelled])
     found = _load(target, rows) if cached else None
     if found is None:
         report = EncodingReport()

@@ -266,9 +266,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
                 header = [cell.strip() for cell in cells]
                 twice = {name for name in header if header.count(name) > 1}
                 if twice:
-                    raise DataError(
-                        f"the column {sorted(twice)[0]} stands twice in the header", where=f"{path}:1"
-                    )
+                    raise DataError(f"the column {sorted(twice)[0]} stands twice in the header", where=f"{path}:1")
                 continue
             if len(cells) != len(header):
                 raise DataError(
@@ -405,9 +403,7 @@ def _record(value: Any, where: str) -> dict[str, Any]:
         raise DataError(f"expected an object with columns, found {type(value).__name__}", where=where)
     for key, item in value.items():
         if _has_surrogate(item):
-            raise DataError(
-                f"the column {key} holds half of a surrogate pair, which is not text", where=where
-            )
+            raise DataError(f"the column {key} holds half of a surrogate pair, which is not text", where=where)
     return value
 
 

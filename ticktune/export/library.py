@@ -63,9 +63,7 @@ def merge(
         widen(stock, record.plan, tensors)
         final = temporary if dtype == torch.float32 else Path(name) / "merged"
         stock.save_pretrained(final)  # type: ignore[operator]
-        reloaded, merged = stock_logits(
-            [(control, stock_class, "float32"), (final, stock_class, "float32")], batches
-        )
+        reloaded, merged = stock_logits([(control, stock_class, "float32"), (final, stock_class, "float32")], batches)
         found = compare(ours, merged, base, reloaded, [None] * len(batches), _argmax)
         if dtype != torch.float32:
             stock.to(dtype).save_pretrained(temporary)  # type: ignore[operator]

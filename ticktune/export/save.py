@@ -150,9 +150,7 @@ def _put_head(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
             model.get_parameter(name).copy_(tensors[f"head.{name}"])
 
 
-def _drift(
-    evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor], dtype: str
-) -> dict[str, Any]:
+def _drift(evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor], dtype: str) -> dict[str, Any]:
     largest = max(distance(a, b, m) for a, b, m in zip(before, after, evidence.masks, strict=True))
     if math.isinf(largest):
         raise ExportError(f"in {dtype} the logits are not finite", fix="export with --dtype float32")

@@ -61,9 +61,7 @@ class Verification:
         ]
 
 
-def stock_logits(
-    models: Sequence[tuple[Path, str, str]], batches: Sequence[dict[str, Tensor]]
-) -> list[list[Tensor]]:
+def stock_logits(models: Sequence[tuple[Path, str, str]], batches: Sequence[dict[str, Tensor]]) -> list[list[Tensor]]:
     """Runs stock transformers in a fresh process.
 
     Args:
@@ -80,11 +78,7 @@ def stock_logits(
 
     with tempfile.TemporaryDirectory(prefix="ticktune-") as name:
         directory = Path(name)
-        inputs = {
-            f"{i}.{k}": v.cpu().contiguous().clone()
-            for i, batch in enumerate(batches)
-            for k, v in batch.items()
-        }
+        inputs = {f"{i}.{k}": v.cpu().contiguous().clone() for i, batch in enumerate(batches) for k, v in batch.items()}
         save_file(inputs, directory / "inputs.safetensors")
         request = {
             "inputs": str(directory / "inputs.safetensors"),
@@ -124,9 +118,7 @@ def check_loading(found: dict[str, Any], folder: Path) -> None:
     """Refuses a folder that transformers loaded with a remark: what is a warning there is an error here."""
     if any(found.values()):
         kind, names = next((kind, names) for kind, names in found.items() if names)
-        raise ExportError(
-            f"the folder does not load exactly: {kind} {', '.join(names[:5])}", where=str(folder)
-        )
+        raise ExportError(f"the folder does not load exactly: {kind} {', '.join(names[:5])}", where=str(folder))
 
 
 def compare(
@@ -151,8 +143,8 @@ def compare(
         tolerance: Relative to max(1, largest logit).
 
     Raises:
-        ExportError: A difference is over its tolerance, a prediction changed that is no near tie, or a logit is
-            not finite.
+        ExportError: A difference is over its tolerance, a prediction changed that is no near tie, or a logit
+            is not finite.
     """
     counted = [_counted(a, m) for a, m in zip(ours, masks, strict=True)]
     # An infinite logit would make the tolerance infinite, and then anything would be equal.
@@ -190,9 +182,7 @@ def compare(
             f"{allowed:.2e}): transformers does not keep this model"
         )
     if not difference <= allowed:
-        raise ExportError(
-            f"the merged folder differs from base + adapter by {difference:.2e}, tolerance {allowed:.2e}"
-        )
+        raise ExportError(f"the merged folder differs from base + adapter by {difference:.2e}, tolerance {allowed:.2e}")
     return found
 
 
@@ -203,9 +193,7 @@ def distance(a: Tensor, b: Tensor, mask: Tensor | None) -> float:
         ExportError: The shapes differ.
     """
     if a.shape != b.shape:
-        raise ExportError(
-            f"the merged folder's logits have the shape {tuple(b.shape)}, expected {tuple(a.shape)}"
-        )
+        raise ExportError(f"the merged folder's logits have the shape {tuple(b.shape)}, expected {tuple(a.shape)}")
     delta = _counted((a.double() - b.double()).abs(), mask)
     if not delta.numel():
         return 0.0

@@ -105,8 +105,8 @@ def attach(
         The same model.
 
     Raises:
-        PatchError: The family is unknown, a layer or stack does not exist, the form does not fit, or a number is
-            out of its range.
+        PatchError: The family is unknown, a layer or stack does not exist, the form does not fit, or a number
+            is out of its range.
     """
     if dim < 0 or not 0 <= dropout < 1:
         raise PatchError(f"expected dim >= 0 and dropout in [0, 1), found {dim} and {dropout}")
@@ -311,9 +311,7 @@ def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout)
         present = {key.rsplit(".")[-1] for key in layout.norms}
         for role in roles:
             if not present & set(_SLOTS.get(role, (role,))):
-                raise PatchError(
-                    f"this model has no {role} norm", fix=f"it has: {', '.join(sorted(present))}"
-                )
+                raise PatchError(f"this model has no {role} norm", fix=f"it has: {', '.join(sorted(present))}")
     keys = []
     for key in layout.norms:
         stack, *_, slot = key.split(".")

@@ -323,9 +323,7 @@ def _find(module: nn.Module, name: str) -> nn.Module | None:
 
 def _attribute(module: Any, name: str) -> Any:
     for part in name.split("."):
-        module = (
-            module[int(part)] if part.isdigit() and int(part) < len(module) else getattr(module, part, None)
-        )
+        module = module[int(part)] if part.isdigit() and int(part) < len(module) else getattr(module, part, None)
         if module is None:
             return None
     return module

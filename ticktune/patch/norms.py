@@ -36,9 +36,7 @@ def own_parameters(norm: nn.Module) -> list[str]:
     """
     names = [name for name, _ in norm.named_parameters(recurse=False)]
     if not set(names) <= {"weight", "bias"}:
-        raise PatchError(
-            f"the norm {type(norm).__name__} has the parameters {', '.join(names)}, not weight and bias"
-        )
+        raise PatchError(f"the norm {type(norm).__name__} has the parameters {', '.join(names)}, not weight and bias")
     return names
 
 

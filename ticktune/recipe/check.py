@@ -75,9 +75,7 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
                 f"did you mean {near[0]}?" if near else "",
             )
         if re.search(r"\{[^{}]*[^\w\s{}-][^{}]*\}", name):
-            wrong(
-                f"data.columns.{column}", f"only plain {{column}} names can stand in a template, found {name}"
-            )
+            wrong(f"data.columns.{column}", f"only plain {{column}} names can stand in a template, found {name}")
     named = frozenset(data.columns) & known - row.optional_columns
     if named and not any(named <= columns for columns in row.columns):
         sets = " or ".join("+".join(sorted(columns)) for columns in row.columns)

@@ -211,9 +211,7 @@ def _read(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"byte {error.start} is not UTF-8", where=where, fix="save the file as UTF-8"
-        ) from error
+        raise RecipeError(f"byte {error.start} is not UTF-8", where=where, fix="save the file as UTF-8") from error
     if "\0" in text:
         raise RecipeError(
             f"byte {text.index(chr(0))} is NUL: not a text file", where=where, fix="save the file as UTF-8"
@@ -372,9 +370,7 @@ def _problem(tree: Tree, detail: Any) -> Problem:
         return Problem("this key is needed", where, _help_of(path))
     if kind == "value_error":
         said = str(context["error"])  # of an unquoted word it shows the value itself
-        return Problem(
-            said if said.startswith("unquoted") else f"{said}, found {_shown(tree, path, found)}", where
-        )
+        return Problem(said if said.startswith("unquoted") else f"{said}, found {_shown(tree, path, found)}", where)
     if kind == "string_pattern_mismatch":
         return Problem(f"expected {_help_of(path).rstrip('.')}, found {_shown(tree, path, found)}", where)
     if kind == "literal_error":

@@ -101,9 +101,7 @@ def _norm_roles(value: Any) -> Any:
 NormRoles = Annotated[
     Any,
     BeforeValidator(_norm_roles),
-    WithJsonSchema(
-        {"anyOf": [{"enum": ["all", "none"]}, {"type": "array", "items": {"enum": list(NORM_ROLES)}}]}
-    ),
+    WithJsonSchema({"anyOf": [{"enum": ["all", "none"]}, {"type": "array", "items": {"enum": list(NORM_ROLES)}}]}),
 ]
 
 
@@ -264,9 +262,7 @@ class Training(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
     Trainable tensors and optimizer state are always float32."""
-    device: Annotated[str, BeforeValidator(_plain_text), Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = (
-        "auto"
-    )
+    device: Annotated[str, BeforeValidator(_plain_text), Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
     """auto, cpu, cuda or cuda:N."""
     deterministic: bool = False
     """Bitwise equal results on CUDA too, at some cost in speed; a CPU is always deterministic."""

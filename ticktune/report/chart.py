@@ -31,9 +31,7 @@ class Line:
     has_dots: bool = False
 
 
-def line_chart(
-    title: str, unit: str, lines: list[Line], end: float, *, chosen: float | None = None
-) -> Markup:
+def line_chart(title: str, unit: str, lines: list[Line], end: float, *, chosen: float | None = None) -> Markup:
     """Returns a figure.
 
     Args:
@@ -44,9 +42,7 @@ def line_chart(
         chosen: A step to mark, on the first line.
     """
     lines = [line for line in lines if line.points]
-    keys = "".join(
-        f'<span class="key {line.style}">{escape(line.name)}</span>' for line in lines if line.name
-    )
+    keys = "".join(f'<span class="key {line.style}">{escape(line.name)}</span>' for line in lines if line.name)
     caption = f"<figcaption><b>{escape(title)}</b>{keys}</figcaption>"
     if not lines:
         return Markup(f'<figure>{caption}<p class="empty">Nothing was logged.</p></figure>\n')
@@ -92,9 +88,7 @@ class _Axes:
             if step.is_integer() and step <= self.end:
                 x = self.x(step)
                 parts.append(f'<path class="axis" d="M{x:.1f} {_BOTTOM}v5"/>')
-                parts.append(
-                    f'<text x="{x:.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{_step_label(step)}</text>'
-                )
+                parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{_step_label(step)}</text>')
         parts.append(f'<text x="4" y="13">{escape(unit)}</text>')
         parts.append(f'<text x="{_RIGHT}" y="{_HEIGHT - 6}" text-anchor="end">optimizer step</text>')
         return "\n".join(parts) + "\n"

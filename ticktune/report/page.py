@@ -175,9 +175,7 @@ def _before_after(record: dict[str, Any]) -> str:
     rows = []
     for name in dict.fromkeys([*after, *before]):
         then, now = finite(before.get(name)), finite(after.get(name))
-        change = (
-            DASH if then is None or now is None else ("+" if now > then else "") + figure_text(now - then)
-        )
+        change = DASH if then is None or now is None else ("+" if now > then else "") + figure_text(now - then)
         rows.append((name, figure_text(then), figure_text(now), change))
     if not rows:
         return _empty("There are no validation metrics.")
@@ -248,9 +246,7 @@ def _curves(record: dict[str, Any], entries: list[dict[str, Any]], evaluations: 
             chosen=finite(record.get("chosen_step")),
         ),
         line_chart("Learning rate", "lr", [Line(_points(entries, "lr"), "main")], end),
-        line_chart(
-            "Gradient norm", "norm before clipping", [Line(_points(entries, "grad_norm"), "main")], end
-        ),
+        line_chart("Gradient norm", "norm before clipping", [Line(_points(entries, "grad_norm"), "main")], end),
     ]
     return f'<div class="grid">{"".join(charts)}</div>'
 

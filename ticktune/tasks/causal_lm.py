@@ -44,12 +44,11 @@ class CausalLm:
             if "messages" in row:
                 _check_messages(row["messages"], where(i))
 
-    def encode(
-        self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool
-    ) -> list[Example]:
+    def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
         """Tokenises.
 
-        Plain text and its end-of-text token are cut into consecutive windows of max_length. A prompt that
+        Plain text and its end-of-text token are cut into windows of max_length that share
+        one token. A prompt that
         is too long together with its response loses its beginning; a response that is too long alone loses
         its end. In conversations the assistant's turns are learned, each with its end-of-turn token.
         """
@@ -178,10 +177,9 @@ class CausalLm:
     def _windows(self, text: str) -> list[list[int]]:
         ids = [*self._start(text), self.tokenizer.eos_token_id]
         limit = self.options.max_length
-        windows = [ids[at : at + limit] for at in range(0, len(ids), limit)]
-        return [
-            window for window in windows if len(window) > 1
-        ]  # the first token of a window predicts nothing
+        # One token of overlap: the first token of a window is never predicted, the last of the one before is.
+        windows = [ids[at : at + limit] for at in range(0, len(ids) - 1, limit - 1)]
+        return [window for window in windows if len(window) > 1]
 
     def _start(self, text: str) -> list[int]:
         # With the tokens that the tokenizer puts before a text (<s>), without one that it puts after it.

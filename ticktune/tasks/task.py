@@ -80,9 +80,7 @@ class Task(Protocol):
             DataError: Naming the first such row.
         """
 
-    def encode(
-        self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool
-    ) -> list[Example]:
+    def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
         """Turns rows into examples.
 
         Args:
@@ -152,9 +150,7 @@ def build_task(
     Raises:
         DataError: The labels do not make a task.
     """
-    task: Task = importlib.import_module(TASKS[name].module).build(
-        options, rows, where, tokenizer, base_config
-    )
+    task: Task = importlib.import_module(TASKS[name].module).build(options, rows, where, tokenizer, base_config)
     return task
 
 

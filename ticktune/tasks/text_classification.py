@@ -89,9 +89,7 @@ class TextClassification:
                 fix=f"the training rows have: {', '.join(self.labels[:20])}",
             )
 
-    def encode(
-        self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool
-    ) -> list[Example]:
+    def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
         """Tokenises; a text that is too long loses its end (of a pair, the longer one does)."""
         texts = [str(row["text"]) for row in rows]
         pairs = [str(row["text_pair"]) for row in rows] if "text_pair" in self.options.columns else None
@@ -103,9 +101,7 @@ class TextClassification:
             if len(whole[i]) > limit:
                 report.truncated.append(first + i)
             example: Example = {"row": first + i, "length": len(encoded["input_ids"][i])}
-            example |= {
-                name: encoded[name][i] for name in _INPUTS if name in encoded and name != "attention_mask"
-            }
+            example |= {name: encoded[name][i] for name in _INPUTS if name in encoded and name != "attention_mask"}
             if labelled:
                 example["target"] = self._target(row["label"])
             examples.append(example)
@@ -254,14 +250,11 @@ def build(
     problem = _problem_of(labels, options.problem, where)
     if problem == "regression":
         return TextClassification(options, problem, ("value",), tokenizer)
-    kinds = {
-        type(name): i for i, label in enumerate(labels) for name in (label if problem == "multi" else [label])
-    }
+    kinds = {type(name): i for i, label in enumerate(labels) for name in (label if problem == "multi" else [label])}
     if len(kinds) > 1:
         (one, i), (other, j) = list(kinds.items())[:2]
         raise DataError(
-            f"labels are text in some rows and numbers in others: {labels[i]!r} here, "
-            f"{labels[j]!r} at {where(j)}",
+            f"labels are text in some rows and numbers in others: {labels[i]!r} here, {labels[j]!r} at {where(j)}",
             where=where(i),
             fix="write all labels in one way",
         )
@@ -302,9 +295,7 @@ def _problem_of(labels: list[Any], asked: str, where: Callable[[int], str]) -> P
         empty = label is None or isinstance(label, dict) or label != label  # a NaN is a gap in a table
         empty = empty or (isinstance(label, str) and not label.strip())
         if empty:
-            raise DataError(
-                f"expected a label, found {label!r}", where=where(i), fix="fill it in or remove the row"
-            )
+            raise DataError(f"expected a label, found {label!r}", where=where(i), fix="fill it in or remove the row")
     lists = [isinstance(label, list) for label in labels]
     if any(lists) and not all(lists):
         i = lists.index(not lists[0])

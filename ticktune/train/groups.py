@@ -10,9 +10,7 @@ from ticktune.patch.attach import Role
 from ticktune.recipe.schema import Optimizer, Schedule
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, Role, nn.Parameter]], options: Optimizer
-) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[tuple[str, Role, nn.Parameter]], options: Optimizer) -> torch.optim.AdamW:
     """Builds AdamW with one group for each role.
 
     P learns at ``lr * p_lr_ratio`` with weight decay and eps divided by the ratio: under AdamW that is
@@ -70,7 +68,7 @@ def lr_factor(step: int, total: int, options: Schedule) -> float:
     Returns:
         A number in (0, 1].
     """
-    warmup = math.ceil(options.warmup * total)
+    warmup = math.ceil(round(options.warmup * total, 9))  # 0.07 * 100 is a little more than 7
     if step < warmup:
         return (step + 1) / warmup
     if options.name == "constant":

@@ -97,9 +97,7 @@ def train_steps(
         weight = sum(task.weight(micro) for micro in batch)
         loss = torch.zeros((), device=compute.device)
         for number, micro in enumerate(batch):
-            loss += _backward(
-                model, task, compute.put(micro), weight, scaler, compute, mix(seed, step, number)
-            )
+            loss += _backward(model, task, compute.put(micro), weight, scaler, compute, mix(seed, step, number))
         scaler.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
         value = float(loss)
@@ -152,6 +150,4 @@ def _not_finite(step: int, loss: float, named: Sequence[tuple[str, nn.Parameter]
     if not math.isfinite(loss):
         return NumericsError(f"the loss is {loss}", where=where, fix=fix)
     bad = [key for key, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return NumericsError(
-        f"the gradient of {', '.join(bad[:3]) or 'the model'} is not finite", where=where, fix=fix
-    )
+    return NumericsError(f"the gradient of {', '.join(bad[:3]) or 'the model'} is not finite", where=where, fix=fix)
