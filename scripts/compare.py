@@ -37,16 +37,14 @@ def main() -> None:
     for entry in named:
         name, _, run = entry.partition("=")
         results[name] = hits(run, rows, column)
-        low, high = wilson(results[name].mean(), len(results[name]))
-        print(
-            f"{name:16s} accuracy {results[name].mean():.3f}  95 % interval {low:.3f} to {high:.3f}  ({len(results[name])} rows)"
-        )
+        share, count = results[name].mean(), len(results[name])
+        low, high = wilson(share, count)
+        print(f"{name:16s} accuracy {share:.3f}  95 % interval {low:.3f} to {high:.3f}  ({count} rows)")
     first, second = list(results.values())[:2]
     draws = np.random.default_rng(0).integers(0, len(first), (10_000, len(first)))
     low, high = np.percentile((second - first)[draws].mean(axis=1), [2.5, 97.5])
-    print(
-        f"{'difference':16s}          {(second - first).mean():+.3f}  95 % interval {low:+.3f} to {high:+.3f}  (paired bootstrap)"
-    )
+    mean = (second - first).mean()
+    print(f"{'difference':16s}         {mean:+.3f}  95 % interval {low:+.3f} to {high:+.3f}  (paired bootstrap)")
 
 
 if __name__ == "__main__":

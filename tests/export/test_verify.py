@@ -246,7 +246,6 @@ def test_small_effect_proves_nothing(effect: float, is_conclusive: bool) -> None
     # The tolerance is 5e-5 here; 1000 times that is 0.05.
     found = compare([OURS], [OURS], [OURS + effect], [OURS + effect], [None], _decide)
     assert found.is_conclusive == is_conclusive
-    assert "nothing" in dict(found.lines()).get("conclusive", "nothing") or is_conclusive
 
 
 def test_near_tie_may_change_and_is_counted() -> None:

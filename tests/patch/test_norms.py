@@ -121,3 +121,13 @@ def test_cast_of_the_output_can_be_undone() -> None:
     for handle in handles:
         handle.remove()
     assert not norm._forward_hooks
+
+
+def test_layer_norm_gets_a_float32_input_where_the_kernel_takes_no_mixture() -> None:
+    # The meta device stands for a GPU: what matters is which dtypes reach the kernel and come back.
+    norm = nn.LayerNorm(4).to("meta", torch.bfloat16)
+    seen = []
+    train_norm(norm)
+    norm.register_forward_hook(lambda module, args, output: seen.append(args[0].dtype))
+    assert norm(torch.empty(2, 4, dtype=torch.bfloat16, device="meta")).dtype == torch.bfloat16
+    assert seen == [torch.float32]

@@ -14,7 +14,7 @@ from ticktune.export.save import refuse_not_finite
 from ticktune.export.verify import Verification, compare, stock_logits
 from ticktune.export.widen import widen
 from ticktune.files import new_directory
-from ticktune.patch.attach import adapter_state, attachment_of, detach
+from ticktune.patch.attach import adapter_state, attach_plan, attachment_of, detach, load_adapter_state
 
 _ROWS, _LENGTH = 4, 16
 
@@ -44,30 +44,35 @@ def merge(
         ExportError: The architecture cannot hold them, or the merged folder is not equal; none is left.
         OutputError: The folder exists.
     """
-    record = attachment_of(model)
+    plan = attachment_of(model).plan
     tensors = {key: tensor.cpu() for key, tensor in adapter_state(model).items()}
     refuse_not_finite(tensors)
     dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
-    whole = copy.deepcopy(model).cpu().float().eval()
-    batches = [{k: v.cpu() for k, v in batch.items()} for batch in inputs] or [_random_inputs(whole)]
-    ours = _logits(whole, batches)
-    stock = detach(whole).float()
-    with torch.no_grad():
-        for name in record.plan.head:
-            stock.get_parameter(name).copy_(tensors[f"head.{name}"])
-    base = _logits(stock, batches)
+    stock = detach(copy.deepcopy(model).cpu()).float().eval()
     stock_class = _stock_class(stock)
+    with torch.no_grad():
+        for name in plan.head:
+            stock.get_parameter(name).copy_(tensors[f"head.{name}"])
     with tempfile.TemporaryDirectory(prefix="ticktune-") as name, new_directory(Path(directory)) as temporary:
         control = Path(name) / "control"
         stock.save_pretrained(control)  # type: ignore[operator]
-        widen(stock, record.plan, tensors)
+        # Loaded again as float32: buffers that no file holds may have been rounded in the model's own dtype.
+        stock = type(stock).from_pretrained(control, dtype=torch.float32).eval()  # type: ignore[attr-defined]
+        batches = [{k: v.cpu() for k, v in batch.items()} for batch in inputs] or [_random_inputs(stock)]
+        base = _logits(stock, batches)
+        attach_plan(stock, plan)
+        load_adapter_state(stock, tensors)
+        ours = _logits(stock, batches)
+        widen(detach(stock), plan, tensors)
         final = temporary if dtype == torch.float32 else Path(name) / "merged"
-        stock.save_pretrained(final)  # type: ignore[operator]
+        stock.save_pretrained(final)
         reloaded, merged = stock_logits([(control, stock_class, "float32"), (final, stock_class, "float32")], batches)
         found = compare(ours, merged, base, reloaded, [None] * len(batches), _argmax)
         if dtype != torch.float32:
-            stock.to(dtype).save_pretrained(temporary)  # type: ignore[operator]
-            stock_logits([(temporary, stock_class, "auto")], batches)
+            stock.to(dtype).save_pretrained(temporary)
+            [cast] = stock_logits([(temporary, stock_class, "auto")], batches)
+            if not all(torch.isfinite(logits).all() for logits in cast):
+                raise ExportError(f"the merged model's logits are not finite in {dtype}")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return found

@@ -5,6 +5,7 @@ instance its parameters become float32 masters (a bfloat16 γ near 1 would round
 its output returns in the dtype that the frozen norm would give.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ def train_norm(norm: nn.Module) -> list[Any]:
     Returns:
         The hook handles that undo the cast of its output.
     """
+    frozen = norm.get_parameter(own_parameters(norm)[0]).dtype
     for name in own_parameters(norm):
         stored = norm.get_parameter(name)
         setattr(norm, name, nn.Parameter(stored.detach().float().clone()))
-    return [norm.register_forward_hook(_in_frozen_dtype)]
+    return [
+        norm.register_forward_pre_hook(_as_the_kernel_needs),
+        norm.register_forward_hook(partial(_in_frozen_dtype, frozen)),
+    ]
 
 
 def own_parameters(norm: nn.Module) -> list[str]:
@@ -40,7 +45,23 @@ def own_parameters(norm: nn.Module) -> list[str]:
     return names
 
 
-def _in_frozen_dtype(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    if isinstance(norm, nn.LayerNorm) and torch.is_autocast_enabled(output.device.type):
-        return output  # autocast gives the frozen norm and this one the same dtype
+def _as_the_kernel_needs(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    # Only the CPU's kernel of layer_norm takes a half-precision input with float32 parameters.
+    x = args[0] if args else None
+    if not isinstance(norm, nn.LayerNorm) or not isinstance(x, Tensor) or x.device.type == "cpu":
+        return None
+    if _in_autocast(x) or x.dtype == torch.float32:
+        return None
+    return (x.float(), *args[1:])
+
+
+def _in_frozen_dtype(frozen: torch.dtype, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        # Under autocast the frozen norm and this one run the same kernel and return the same dtype.
+        return output if _in_autocast(output) else output.to(frozen)
     return output.to(args[0].dtype) if args else output
+
+
+def _in_autocast(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
