@@ -92,12 +92,14 @@ class Console:
         from rich.text import Text
 
         head, *body = rows
-        table = Table(box=box.SIMPLE_HEAD, title=Text(clean(title)) if title else None, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD)
         for cell in head:
             table.add_column(Text(clean(cell)), overflow="fold")
         for row in body:
             table.add_row(*(Text(clean_lines(cell)) for cell in row))
-        RichConsole(file=sys.stdout, highlight=False, markup=False, emoji=False).print(table)
+        # A title of the table's own would be wrapped to the table's width.
+        console = RichConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
+        console.print(*([Text(clean(title))] if title else []), table, sep="\n")
 
     def progress(self, total: int, start: int = 0) -> "Progress":
         """A progress display over optimizer steps, on stderr."""

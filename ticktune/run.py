@@ -320,7 +320,7 @@ def refuse_several_processes() -> None:
 
 def _answer_text(answer: dict[str, Any]) -> str:
     if "label" in answer:
-        return f"{answer['label']}\t{answer['probability']:.4f}"
+        return f"{answer['label']}  {answer['probability']:.4f}"
     if "labels" in answer:
         return ", ".join(f"{n} {answer['probabilities'][n]:.4f}" for n in answer["labels"]) or "(none)"
     return figure(answer["value"]) if "value" in answer else str(answer["text"])
