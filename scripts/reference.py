@@ -134,7 +134,7 @@ def _type(entry: dict[str, Any]) -> str:
         return f"{', '.join(others)} or {last}"
     if "const" in entry or "enum" in entry:
         return ", ".join(_yaml(value) for value in entry.get("enum", [entry.get("const")]))
-    kind = entry["type"]
+    kind: str = entry["type"]
     if kind == "array":
         length = f"{entry['minItems']} " if "minItems" in entry else ""
         item = entry["items"]

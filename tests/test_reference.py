@@ -1,6 +1,7 @@
 """docs/recipe.md and docs/exit-codes.md say what the code says."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -103,3 +104,11 @@ def test_check_fails_where_a_page_differs_and_writes_nothing(
     (tmp_path / "recipe.md").write_text("old")
     assert reference.main(["--check"], tmp_path) == 1
     assert (tmp_path / "recipe.md").read_text() == "old"
+
+
+def test_the_page_on_the_method_names_every_family() -> None:
+    from ticktune.patch.layout import FAMILIES
+
+    table = (ROOT / "docs/method.md").read_text(encoding="utf-8").partition("## Families")[2].partition("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\S+)`", " ".join(first_cells))) == set(FAMILIES)

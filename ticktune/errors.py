@@ -99,7 +99,7 @@ class ResourceError(TicktuneError):
 
 
 class MinimumMissed(TicktuneError):
-    """A metric is below the ``--min`` that was asked for."""
+    """A metric is below the ``--min``, or above the ``--max``, that was asked for."""
 
     kind = "minimum"
     exit_code = 9

@@ -97,6 +97,7 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     task = build_task(recipe.task, options, train.as_list(), train.where, tokenizer, load_config(base))
     for name in rows:
         task.check(rows[name].as_list(), rows[name].where)
+    _check_metric(loaded, task)
     _warn_overlap(rows, console)
     dtype = training_dtype(recipe.base.dtype, base, compute.precision, compute.device.type)
     prepared = Prepared(loaded, compute, base, dtype, tokenizer, task, rows)
@@ -270,11 +271,12 @@ def read_file(path: Path, facts: AdapterFacts, *, labelled: bool, poll: Poll = _
 
 def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
     data: Data = loaded.recipe.data
-    whole = source.sample_by == "document" or (source.sample_by == "auto" and loaded.recipe.task == "causal-lm")
+    row = TASKS[loaded.recipe.task]
+    whole = row.documents if source.sample_by == "auto" else source.sample_by == "document"
     try:
         return read_rows(
             source,
-            TASKS[loaded.recipe.task],
+            row,
             data.columns,
             relative_to=loaded.path.parent,
             split=name,
@@ -288,6 +290,15 @@ def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
     except DataError as error:
         named = [type(p)(p.message, f"{p.where} ({loaded.where(f'data.{name}')})", p.fix) for p in error.problems]
         raise DataError(named) from error
+
+
+def _check_metric(loaded: LoadedRecipe, task: Task) -> None:
+    asked, known = loaded.recipe.evaluation.metric, list(task.metrics())
+    if asked != "auto" and asked not in known:
+        raise RecipeError(
+            f"these rows make a problem with the metrics {', '.join(known)}, found {asked}",
+            where=loaded.where("evaluation.metric"),
+        )
 
 
 def _warn_overlap(rows: dict[str, Rows], console: Console) -> None:

@@ -14,6 +14,8 @@ class TaskRow:
         optional_columns: Further columns that the task understands.
         metrics: Names of its metrics; true where more is better.
         label_columns: Columns that hold the answer: ``predict`` can do without them.
+        text_columns: Columns whose values must be text; the others keep their kind.
+        documents: Whether a txt file is one document, rather than a row a line.
         defaults: Recipe keys whose default differs from the schema's, as dotted key -> value.
     """
 
@@ -22,6 +24,8 @@ class TaskRow:
     metrics: dict[str, bool]
     optional_columns: frozenset[str] = frozenset()
     label_columns: frozenset[str] = frozenset()
+    text_columns: frozenset[str] = frozenset()
+    documents: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
@@ -31,6 +35,7 @@ TASKS: dict[str, TaskRow] = {
         columns=(frozenset({"text", "label"}),),
         optional_columns=frozenset({"text_pair"}),
         label_columns=frozenset({"label"}),
+        text_columns=frozenset({"text", "text_pair"}),
         metrics={
             "accuracy": True,
             "f1": True,
@@ -41,12 +46,13 @@ TASKS: dict[str, TaskRow] = {
             "mse": False,
             "loss": False,
         },
-        defaults={"data.max_length": 128},
     ),
     "causal-lm": TaskRow(
         module="ticktune.tasks.causal_lm",
         columns=(frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})),
         label_columns=frozenset({"response"}),
+        text_columns=frozenset({"text", "prompt", "response"}),
+        documents=True,
         metrics={"perplexity": False, "token_accuracy": True, "loss": False},
         defaults={
             "data.max_length": 512,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,17 +84,10 @@ def prediction_rows(words: Sequence[str], used: Loaded, lines: Callable[[], str]
         texts, name = lines().split("\n"), "standard input"
     else:
         texts, name = list(words), "command line"
-    column = next(c for c in ("text", "prompt", "messages") if c in used.task.options.columns)  # type: ignore[attr-defined]
-    if "text_pair" in used.task.options.columns:  # type: ignore[attr-defined]
-        raise UsageError("this task reads pairs of texts", fix="give a jsonl or csv file with both columns")
-    records: list[tuple[int, dict[str, Any]]] = []
-    for number, text in enumerate(texts, start=1):
-        if text.strip():
-            value: Any = [{"role": "user", "content": text}] if column == "messages" else text.rstrip("\r")
-            records.append((number, {column: value}))
+    records = [(number, used.task.row_of(text)) for number, text in enumerate(texts, start=1) if text.strip()]
     if not records:
         raise DataError("there is no text to predict", where=name)
-    return build_rows(records, row, {column: column}, name, labelled=False)
+    return build_rows(records, row, {column: column for column in records[0][1]}, name, labelled=False)
 
 
 def evidence_of(target: Target, used: Loaded, compute: Compute) -> Evidence:

@@ -188,9 +188,7 @@ def _value(template: str, record: dict[str, Any], column: str, task: TaskRow, wh
     if fields:
         return _FIELD.sub(lambda m: _text(record[m[1]], m[1], where), template)
     value = record[template]
-    if column == "messages" or (column in task.label_columns and column != "response"):
-        return value
-    return _text(value, template, where)
+    return _text(value, template, where) if column in task.text_columns else value
 
 
 def _text(value: Any, column: str, where: str) -> str:

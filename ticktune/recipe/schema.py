@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-SCHEMA_VERSION = 1
+from ticktune.registry import TASKS
 
 _YAML_11_WORDS = {"yes", "no", "on", "off", "y", "n"}
 
@@ -29,7 +29,12 @@ def _stripped(value: str) -> str:
     return value
 
 
-Text = Annotated[str, BeforeValidator(_plain_text), AfterValidator(_stripped)]
+Text = Annotated[
+    str,
+    BeforeValidator(_plain_text),
+    AfterValidator(_stripped),
+    WithJsonSchema({"type": "string", "minLength": 1}),
+]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -47,6 +52,7 @@ Every = Annotated[
     WithJsonSchema({"anyOf": [{"const": "epoch"}, {"type": "integer", "minimum": 1}]}),
 ]
 
+_DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
 _LAYERS = re.compile(r"all|none|(first|last):[1-9][0-9]*|[0-9]+-[0-9]+")
 _LAYERS_HELP = "all, none, last:3, first:2, 4-11 or a list such as [0, 2, 5]"
 
@@ -194,7 +200,7 @@ def _source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-AnySource = Annotated[Source, BeforeValidator(_source)]
+AnySource = Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)]
 
 
 class Data(Section):
@@ -243,9 +249,9 @@ class Schedule(Section):
     """The learning rate over the run, in closed form."""
 
     name: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay to zero after the warm-up."""
+    """What follows the warm-up: a decay towards zero, or a constant rate."""
     warmup: Ratio = 0.06
-    """Share of the steps over which the learning rate rises from zero."""
+    """Share of the steps over which the learning rate rises to its peak."""
 
 
 class Training(Section):
@@ -262,7 +268,12 @@ class Training(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
     Trainable tensors and optimizer state are always float32."""
-    device: Annotated[str, BeforeValidator(_plain_text), Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
+    device: Annotated[
+        str,
+        BeforeValidator(_plain_text),
+        Field(pattern=_DEVICE),
+        WithJsonSchema({"type": "string", "pattern": _DEVICE}),
+    ] = "auto"
     """auto, cpu, cuda or cuda:N."""
     deterministic: bool = False
     """Bitwise equal results on CUDA too, at some cost in speed; a CPU is always deterministic."""
@@ -285,7 +296,8 @@ class Evaluation(Section):
     every: Every = "epoch"
     """Optimizer steps between evaluations, or the word epoch."""
     metric: Text = "auto"
-    """The metric that chooses the best checkpoint; auto: the task's first."""
+    """The metric that chooses the best checkpoint; auto: the usual one of the problem, such as accuracy
+    or perplexity."""
     save: Literal["best", "last"] = "best"
     """Which state becomes the adapter."""
     patience: Count | None = None
@@ -316,8 +328,8 @@ class Recipe(Section):
 
     version: Literal[1] = 1
     """Version of the recipe grammar."""
-    task: Text
-    """text-classification or causal-lm."""
+    task: Annotated[Text, WithJsonSchema({"enum": list(TASKS)})]
+    """What is learned; the table of tasks says what each one reads and measures."""
     base: Base
     ticks: Ticks = Ticks()
     norms: Norms = Norms()

@@ -38,6 +38,13 @@ class CausalLm:
         """Nothing but the tokenizer decides."""
         return {}
 
+    def row_of(self, text: str) -> Row:
+        """The text to continue, the prompt, or the user's turn of a conversation."""
+        text = text.rstrip("\r")
+        if "messages" in self.options.columns:
+            return {"messages": [{"role": "user", "content": text}]}
+        return {"prompt" if "prompt" in self.options.columns else "text": text}
+
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
         """Refuses rows that are not text, or not a conversation."""
         for i, row in enumerate(rows):

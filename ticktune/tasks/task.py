@@ -69,6 +69,13 @@ class Task(Protocol):
     def state(self) -> dict[str, Any]:
         """What :func:`restore_task` needs, as JSON."""
 
+    def row_of(self, text: str) -> Row:
+        """The row, without an answer, that a line of text stands for.
+
+        Raises:
+            UsageError: A row of this task is more than one text.
+        """
+
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
         """Refuses rows that the task cannot use.
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ticktune.errors import DataError
+from ticktune.errors import DataError, UsageError
 from ticktune.tasks.task import Batch, EncodingReport, Example, Row, TaskOptions
 
 Problem = Literal["single", "multi", "regression"]
@@ -60,6 +60,12 @@ class TextClassification:
     def state(self) -> dict[str, Any]:
         """Problem and labels."""
         return {"problem": self.problem, "labels": list(self.labels)}
+
+    def row_of(self, text: str) -> Row:
+        """The text; a pair cannot be written as one line."""
+        if "text_pair" in self.options.columns:
+            raise UsageError("this task reads pairs of texts", fix="give a jsonl or csv file with both columns")
+        return {"text": text.rstrip("\r")}
 
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
         """Refuses rows whose label the task cannot have.
