@@ -252,7 +252,6 @@ def test_saving_needs_ticks_and_replaces_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_trainer_of_transformers_trains_ticks_and_not_the_base(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
     model = _from_memory()

@@ -142,10 +142,11 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
     Args:
         model: From :func:`ticktune.attach`.
-        directory: The adapter folder; an existing one is replaced as a whole.
+        directory: The adapter folder; an existing adapter there is replaced as a whole.
 
     Raises:
         PatchError: The model has no ticks.
+        OutputError: The folder exists and is no adapter.
         ResourceError: The disk is full.
     """
     facts = describe_adapter(model, _base_facts(model, attachment_of(model).plan.head))

@@ -130,7 +130,7 @@ def predict(
     """Print one prediction a row; JSON lines when piped."""
     from ticktune import run
 
-    run.predict_rows(words or [], context.obj["console"], lines=_standard_input, base=base)
+    run.predict_rows(words or [], context.obj["console"], standard_input=_standard_input, base=base)
 
 
 @app.command()
@@ -147,12 +147,17 @@ def export(
         Dtype, typer.Option("--dtype", help="Of the merged weights; base: as the base's files.")
     ] = Dtype.base,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Rows to compare the merged folder on, instead of the run's.")
+    ] = None,
     base: BaseOption = None,
 ) -> None:
     """Write adapter-only or merged safetensors, verified by reloading."""
     from ticktune import run
 
-    run.export(target, context.obj["console"], merge=merge, output=output, dtype=dtype.value, force=force, base=base)
+    run.export(
+        target, context.obj["console"], merge=merge, output=output, dtype=dtype.value, force=force, base=base, data=data
+    )
 
 
 @app.command()
@@ -243,8 +248,8 @@ def _flags_first(words: list[str]) -> list[str]:
     return flags + rest + words[end:]
 
 
-def _standard_input() -> str:
-    return sys.stdin.read()
+def _standard_input() -> bytes:
+    return sys.stdin.buffer.read()
 
 
 def program() -> None:

@@ -116,14 +116,22 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         target: Where the directory shall stand.
-        replace: Put an existing ``target`` aside first and remove it after the rename.
+        replace: Put an existing ``target`` aside first and remove it after the rename; only a folder that this
+            function wrote.
 
     Raises:
-        OutputError: ``target`` exists and ``replace`` is false.
+        OutputError: ``target`` exists, and ``replace`` is false or it is not a folder of ours.
         ResourceError: The disk is full or the parent cannot be written.
     """
-    if target.exists() and not replace:
-        raise OutputError("it exists already", where=str(target))
+    if target.exists() or target.is_symlink():
+        if not replace:
+            raise OutputError("it exists already", where=str(target))
+        if not _is_ours(target):
+            raise OutputError(
+                "it exists, and is no folder that ticktune wrote, so it is not replaced",
+                where=str(target),
+                fix="choose another place, or remove it yourself",
+            )
     temporary = target.parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -268,6 +276,16 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_symlink() or not (path / MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_json(path / MANIFEST)
+    except CheckpointError:
+        return False
+    return isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
 
 
 def _os_error_number(text: str) -> int | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ticktune.adapter import FACTS as ADAPTER_FACTS
-from ticktune.errors import OutputError, UsageError
+from ticktune.console import Console
+from ticktune.errors import CheckpointError, OutputError, UsageError
 from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import input_path, read_json, write_json, write_text
 from ticktune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -15,6 +16,8 @@ from ticktune.recipe.schema import Recipe, Source
 
 # Sections that do not change the result: they may differ when a run goes on.
 _FREE = ("output", "logging", "checkpoints", "version")
+# What the record of a complete run must say.
+_COMPLETE = {"finished_at", "steps", "chosen_step", "metric", "metrics", "base_metrics", "training_seconds"}
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,15 @@ class RunFolder:
         Raises:
             CheckpointError: It is damaged.
         """
-        record: dict[str, Any] = read_json(self.record_path) if self.record_path.exists() else {}
-        return record
+        if not self.record_path.exists():
+            return {}
+        record = read_json(self.record_path)
+        is_whole = isinstance(record, dict) and "status" in record
+        if not is_whole or (record["status"] == "complete" and not record.keys() >= _COMPLETE):
+            raise CheckpointError(
+                "the record of the run is damaged", where=str(self.record_path), fix="ticktune train --restart"
+            )
+        return dict(record)
 
     def update(self, **entries: Any) -> None:
         """Changes entries of run.json."""
@@ -85,9 +95,11 @@ class RunFolder:
         if self.metrics_path.exists():
             for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
                 try:
-                    entries.append(json.loads(line))
+                    entry = json.loads(line)
                 except ValueError:
                     continue
+                if isinstance(entry, dict):
+                    entries.append(entry)
         return entries
 
     def trim_metrics(self, step: int) -> None:
@@ -102,6 +114,8 @@ class RunFolder:
         Raises:
             OutputError: Nothing in it is touched.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError("this is a file, not a folder", where=str(self.path), fix="choose another output")
         ours = (".lock", ".tmp-")
         if self.path.exists() and not self.record_path.exists():
             others = [p.name for p in self.path.iterdir() if not p.name.startswith(ours)]
@@ -140,7 +154,7 @@ class Target:
 def is_target(argument: str) -> bool:
     """Whether a command-line word names a run, recipe or folder, rather than text."""
     path = Path(argument)
-    return path.is_dir() or (path.suffix in (".yaml", ".yml") and path.is_file())
+    return (bool(argument) and path.is_dir()) or (path.suffix in (".yaml", ".yml") and path.is_file())
 
 
 def find_target(argument: str | None) -> Target:
@@ -183,7 +197,11 @@ def newest_run(root: Path) -> RunFolder:
     """
     complete: list[tuple[str, RunFolder]] = []
     for path in sorted(root.rglob("run.json")) if root.is_dir() else []:
-        record = RunFolder(path.parent).record()
+        try:
+            record = RunFolder(path.parent).record()
+        except CheckpointError as error:
+            Console().warn(f"passed over: {error}")
+            continue
         if record.get("status") == "complete":
             complete.append((record["finished_at"], RunFolder(path.parent)))
     if not complete:

@@ -23,7 +23,7 @@ from ticktune.data.batches import split_rows
 from ticktune.data.encode import Encoded, encode_rows, tokenizer_identity
 from ticktune.data.read import Rows, read_rows
 from ticktune.device import Compute, choose_compute
-from ticktune.errors import BaseModelError, DataError, RecipeError, UsageError
+from ticktune.errors import BaseModelError, DataError, Problem, RecipeError, UsageError
 from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import read_json, verify_directory
 from ticktune.folder import Target
@@ -131,7 +131,11 @@ def read_splits(loaded: LoadedRecipe, poll: Poll = _no_poll, names: tuple[str, .
     if shares and "train" in rows:
         train, left = rows["train"], list(range(len(rows["train"])))
         if len(left) <= len(shares):
-            raise DataError("too few rows to take a fraction of them", where=train.source)
+            raise DataError(
+                "too few rows to take a fraction of them",
+                where=train.source,
+                fix="name a file for each split; a txt file is one row unless sample_by: line is given",
+            )
         for name, share in shares.items():
             rest, chosen = split_rows(len(left), min(0.99, share * len(train) / len(left)), seed=seed, name=name)
             rows[name] = train.select([left[i] for i in chosen])
@@ -182,6 +186,8 @@ def load_target(
         BaseModelError: The base is another one.
         CheckpointError: The folder is damaged.
     """
+    if base is not None and target.kind == "merged":
+        raise UsageError("a merged folder needs no base", where="--base")
     loaded = target.recipe()
     if compute is None:
         training = loaded.recipe.training if loaded else None
@@ -234,10 +240,14 @@ def base_of(facts: AdapterFacts, loaded: LoadedRecipe | None, override: str | No
     """Finds the base of an adapter: as given, as the run's recipe says, or as the adapter recorded it."""
     if override is not None:
         return locate_base(override)
+    name, commit, folder = facts.base["name"], facts.base["commit"], Path()
     if loaded is not None:
-        base = loaded.recipe.base
-        return locate_base(base.model, revision=base.revision, relative_to=loaded.path.parent)
-    return locate_base(facts.base["name"], revision=facts.base["commit"])
+        name, commit, folder = loaded.recipe.base.model, loaded.recipe.base.revision, loaded.path.parent
+    try:
+        return locate_base(name, revision=commit, relative_to=folder)
+    except BaseModelError as error:
+        fixes = [Problem(p.message, p.where, "say where it is now: --base DIR") for p in error.problems]
+        raise BaseModelError(fixes) from error
 
 
 def task_of(facts: AdapterFacts, tokenizer: Any) -> Task:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.data.batches import micro_batches
-from ticktune.data.read import Rows, build_rows
+from ticktune.data.read import SUFFIXES, Rows, build_rows, text_lines
 from ticktune.device import Compute
 from ticktune.errors import DataError, UsageError
 from ticktune.evaluate import compute_metrics, logits_of
@@ -25,13 +25,16 @@ _VERIFY_ROWS = 1024
 _VERIFY_BATCH = 16
 
 
-def evaluation_rows(target: Target, split: str | None = None, data: Path | None = None) -> tuple[Rows, str]:
+def evaluation_rows(
+    target: Target, split: str | None = None, data: Path | None = None, *, else_train: bool = False
+) -> tuple[Rows, str]:
     """Reads rows with answers.
 
     Args:
         target: The run, adapter or merged folder.
-        split: A split of the run's recipe; None: test, else validation, never train.
+        split: A split of the run's recipe; None: test, else validation.
         data: A file instead.
+        else_train: Whether the training rows will do where there is no other split.
 
     Returns:
         The rows, and the name of the split or file.
@@ -40,66 +43,78 @@ def evaluation_rows(target: Target, split: str | None = None, data: Path | None 
         UsageError: The recipe has no such split, or there is no recipe and no file.
         DataError: The rows cannot be used.
     """
-    facts = facts_of(target)
     if data is not None:
-        return read_file(data, facts, labelled=True), data.name
+        return read_file(data, facts_of(target), labelled=True), data.name
     loaded = target.recipe()
+    fix = "add --data FILE"
     if loaded is None:
-        raise UsageError(
-            "this folder belongs to no run, so its data are not known",
-            where=target.name,
-            fix="add --data FILE",
-        )
+        raise UsageError("this folder belongs to no run, so its data are not known", where=target.name, fix=fix)
     known = [name for name in ("test", "validation", "train") if getattr(loaded.recipe.data, name) is not None]
     if split is None:
-        split = next((name for name in known if name != "train"), None)
-        if split is None:
-            raise DataError("the recipe has no test or validation rows", where=target.name, fix="add --data FILE")
+        split = known[0]
+        if split == "train" and not else_train:
+            raise DataError("the recipe has no test or validation rows", where=target.name, fix=fix)
     if split not in known:
         raise UsageError(f"the recipe has no {split} rows", where="--split", fix=f"one of: {', '.join(known)}")
     return read_splits(loaded, names=(split,))[split], split
 
 
-def prediction_rows(words: Sequence[str], used: Loaded, lines: Callable[[], str]) -> Rows:
-    """Reads rows without answers.
+def prediction_rows(words: Sequence[str], used: Loaded, standard_input: Callable[[], bytes]) -> Rows:
+    """Reads rows without answers; every text is a row, an empty one too.
 
     Args:
         words: Texts, one file, or ``-``; none: standard input.
         used: The model, for its task's columns.
-        lines: Reads standard input.
+        standard_input: Reads it.
 
     Raises:
-        UsageError: Plain text was given to a task that needs several columns.
-        DataError: There is no text.
+        UsageError: A file is not there or not alone, or plain text was given to a task of several columns.
+        DataError: There is no text, or it is not UTF-8.
     """
-    facts = used.facts
-    assert facts.task is not None
-    row = TASKS[facts.task["name"]]
-    if len(words) == 1 and words[0] != "-" and Path(words[0]).is_file():
-        path = Path(words[0])
-        if path.suffix != ".txt":
-            return read_file(path, facts, labelled=False)
-        texts, name = path.read_text(encoding="utf-8-sig").split("\n"), str(path)
-    elif not words or list(words) == ["-"]:
-        texts, name = lines().split("\n"), "standard input"
+    assert used.facts.task is not None
+    if not words or list(words) == ["-"]:
+        texts, name = text_lines(standard_input(), "standard input"), "standard input"
+    elif (file := _file_among(words)) is not None:
+        if file.suffix in SUFFIXES and file.suffix != ".txt":
+            return read_file(file, used.facts, labelled=False)
+        texts, name = text_lines(file.read_bytes(), str(file)), str(file)
     else:
         texts, name = list(words), "command line"
-    records = [(number, used.task.row_of(text)) for number, text in enumerate(texts, start=1) if text.strip()]
-    if not records:
+    if not any(text.strip() for text in texts):
         raise DataError("there is no text to predict", where=name)
-    return build_rows(records, row, {column: column for column in records[0][1]}, name, labelled=False)
+    records = [(number, used.task.row_of(text)) for number, text in enumerate(texts, start=1)]
+    columns = {column: column for column in records[0][1]}
+    return build_rows(records, TASKS[used.facts.task["name"]], columns, name, labelled=False)
 
 
-def evidence_of(target: Target, used: Loaded, compute: Compute) -> Evidence:
-    """Computes what a merged folder must reproduce, on the run's evaluation rows.
+def _file_among(words: Sequence[str]) -> Path | None:
+    """The file that the words name, if they do; a slip must not become a text to predict."""
+    for word in words:
+        path = Path(word)
+        is_file = bool(word) and path.exists() and not path.is_dir()
+        if (is_file or word == "-") and len(words) > 1:
+            raise UsageError("give one file or -, or texts, not both", where=word)
+        if is_file:
+            return path
+        looks_like_one = not any(c.isspace() for c in word) and (
+            path.suffix in SUFFIXES or ("/" in word.strip("/") and path.parent.is_dir())
+        )
+        if looks_like_one:
+            raise UsageError(
+                "there is no such file or run", where=word, fix="text like this can come by standard input"
+            )
+    return None
+
+
+def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
+    """Computes what a merged folder must reproduce.
 
     Args:
-        target: The adapter.
+        rows: Rows with answers.
         used: Base and adapter, float32.
         compute: Where to compute.
     """
     task = used.task
-    rows, _ = evaluation_rows(target)
     examples = encode(task, rows, used.tokenizer_files)
     batches: list[Batch] = []
     ours: list[Tensor] = []

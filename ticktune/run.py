@@ -12,6 +12,7 @@ from ticktune.adapter import TENSORS as ADAPTER_TENSORS
 from ticktune.adapter import read_facts, read_tensors
 from ticktune.base import load_model, load_tokenizer, quiet_transformers, stored_dtype
 from ticktune.console import Console, duration, figure, table_of
+from ticktune.data.read import Rows
 from ticktune.device import Compute
 from ticktune.errors import (
     Interrupted,
@@ -29,10 +30,13 @@ from ticktune.files import (
     new_directory,
     remove_leftovers,
     sha256_file,
+    write_json,
+    writing,
 )
 from ticktune.folder import RunFolder, Target, find_target, is_target, output_path
 from ticktune.patch.attach import adapter_parameters, attach, attachment_of
 from ticktune.prepare import (
+    Loaded,
     base_of,
     encode,
     load_target,
@@ -70,6 +74,7 @@ def train(loaded: LoadedRecipe, console: Console, *, restart: bool = False) -> N
             _forget(run)
         _refuse_changed_recipe(run, loaded)
         if run.record().get("status") == "complete":
+            read_facts(run.adapter)
             console.note(f"{run.path}: already complete, nothing to do")
             _say_result(run, console)
             return
@@ -144,12 +149,15 @@ def evaluate(
     bounds = [_bound(text, True) for text in minimums] + [_bound(text, False) for text in maximums]
     rows, name = evaluation_rows(target, split, data)
     used = load_target(target, base=base)
+    known = list(used.task.metrics())
+    for metric, _, at_least in bounds:
+        if metric not in known:
+            where = "--min" if at_least else "--max"
+            raise UsageError(f"there is no metric {metric} here", where=where, fix=f"one of: {', '.join(known)}")
+    _warn_changed_rows(used, rows, name, console)
     used.task.check(rows.as_list(), rows.where)
     examples = encode(used.task, rows, used.tokenizer_files)
     metrics = score(used.model, used.task, examples, used.compute, _PREDICT_BATCH)
-    for metric, _, _ in bounds:
-        if metric not in metrics:
-            raise UsageError(f"there is no metric {metric} here", where="--min", fix=f"one of: {', '.join(metrics)}")
     console.result(
         {"split": name, "rows": len(rows), "metrics": metrics},
         table_of(metrics.items()),
@@ -164,14 +172,14 @@ def evaluate(
 
 
 def predict_rows(
-    words: Sequence[str], console: Console, *, lines: Callable[[], str] = lambda: "", base: str | None = None
+    words: Sequence[str], console: Console, *, standard_input: Callable[[], bytes], base: str | None = None
 ) -> None:
     """Prints one prediction a row.
 
     Args:
         words: Perhaps a run, then texts, one file, or ``-``; none: standard input.
         console: Where to print.
-        lines: Reads standard input.
+        standard_input: Reads it.
         base: The base, where the recorded one cannot be found.
 
     Raises:
@@ -183,7 +191,7 @@ def predict_rows(
     _say_target(target, words[0] if named else None, console)
     words = words[1:] if named else words
     used = load_target(target, base=base)
-    rows = prediction_rows(words, used, lines)
+    rows = prediction_rows(words, used, standard_input)
     examples = encode(used.task, rows, used.tokenizer_files, labelled=False)
     for answer in predict(used.model, used.task, examples, used.compute, _PREDICT_BATCH):
         console.line(answer, _answer_text(answer))
@@ -198,6 +206,7 @@ def export(
     dtype: str = "base",
     force: bool = False,
     base: str | None = None,
+    data: Path | None = None,
 ) -> None:
     """Writes an adapter-only or merged folder, verified by reloading.
 
@@ -209,6 +218,7 @@ def export(
         dtype: Of the merged weights: ``base`` (as the base's files) or a torch dtype's name.
         force: Replace an existing folder.
         base: The base, where the recorded one cannot be found.
+        data: A file with rows to compare the merged folder on, instead of the run's.
 
     Raises:
         ExportError: It cannot be merged, or the result is not equal; nothing is left behind.
@@ -222,7 +232,7 @@ def export(
     with watched_signals() as signals:
         try:
             if merge:
-                _export_merged(target, console, output, dtype, force, base, signals)
+                _export_merged(target, console, output, dtype, force, base, data, signals)
             else:
                 _export_adapter(target, console, output, force, base)
         except StopAsked as stop:
@@ -258,6 +268,7 @@ def _export_merged(
     dtype: str,
     force: bool,
     base: str | None,
+    data: Path | None,
     signals: Signals,
 ) -> None:
     place = output or (target.run.merged if target.run else target.path.parent / "merged")
@@ -267,21 +278,23 @@ def _export_merged(
     _refuse_source(place, files.directory)
     own_dtype = stored_dtype(files) if dtype == "base" else dtype
     identity = sha256_file(target.path / ADAPTER_TENSORS)
-    if place.exists():
+    if place.exists() and not force:
         found = existing_export(place, identity, own_dtype)
-        if found is not None and not force:
-            console.note(f"{place}: already a verified export of this adapter")
-            _say_export(place, found, console)
-            return
-        if not force:
+        if found is None:
             raise OutputError(
                 "it exists already", where=str(place), fix="add --force to replace it, or choose another -o"
             )
+        console.note(f"{place}: already a verified export of this adapter")
+        _say_export(place, found, console)
+        return
+    rows, split = evaluation_rows(target, data=data, else_train=True)
+    if split == "train":
+        console.note("there are no test or validation rows: the merged folder is compared on training rows")
     check_writable(place.absolute().parent)
     fp32 = Compute(torch.device("cpu"), "fp32")
     used = load_target(target, base=base, compute=fp32, dtype="float32")
     signals.poll()
-    evidence = evidence_of(target, used, fp32)
+    evidence = evidence_of(rows, used, fp32)
     signals.poll()
     stock, _ = load_model(files, str(facts.model_class), dtype="float32", config=used.task.config())
     document = write_merged(
@@ -294,6 +307,7 @@ def _export_merged(
         dtype=own_dtype,
         adapter_sha256=identity,
         replace=force,
+        poll=signals.poll,
     )
     if not document["verification"]["is_conclusive"]:
         console.warn(
@@ -355,10 +369,20 @@ def _refuse_changed_recipe(run: RunFolder, loaded: LoadedRecipe) -> None:
 def _forget(run: RunFolder) -> None:
     import shutil
 
-    for path in (run.checkpoints, run.adapter):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (run.record_path, run.recipe_path, run.metrics_path, run.report_path):
-        path.unlink(missing_ok=True)
+    if run.record_path.exists():
+        write_json(run.record_path, {"status": "restarted"})
+    for path in (run.checkpoints, run.adapter, run.metrics_path, run.report_path, run.recipe_path, run.record_path):
+        with writing(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)  # of a link, the link alone
+
+
+def _warn_changed_rows(used: Loaded, rows: Rows, name: str, console: Console) -> None:
+    recorded = used.facts.training.get("data", {}).get(name)
+    if recorded is not None and recorded["sha256"] != rows.sha256:
+        console.warn(f"the {name} rows are not those of the training run: {rows.source} has changed")
 
 
 def _refuse_source(place: Path, source: Path) -> None:

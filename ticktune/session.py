@@ -100,7 +100,7 @@ class Session:
         model: With ticks.
         run: The run's folder, locked.
         console: Where to print.
-        signals: Polled between micro-batches.
+        signals: Polled between steps and in evaluations.
     """
 
     def __init__(
@@ -144,10 +144,13 @@ class Session:
         self.run.trim_metrics(self.progress.step)
         self.run.update(status="running")
         try:
-            if not self.progress.history:
-                self._evaluate(first=True)
             with _memory_named(self.recipe):
-                self._steps()
+                if not self.progress.history:
+                    self._evaluate(first=True)
+                elif self.progress.history[-1]["step"] < self.progress.step and self._evaluation_is_due():
+                    self._evaluate()  # a stop came between the step and its evaluation
+                if not self._out_of_patience():
+                    self._steps()
         except StopAsked as stop:
             raise self._interrupted(stop) from None
         self._finish()
@@ -174,7 +177,7 @@ class Session:
                 self._account(report)
                 self._show(bar, report, first, started)
                 is_last = report.step == self.plan.total
-                if is_last or self.plan.due(report.step, self.recipe.evaluation.every):
+                if self._evaluation_is_due():
                     self._evaluate(bar=bar)
                 stop_early = self._out_of_patience()
                 if is_last or stop_early or self.plan.due(report.step, self.recipe.checkpoints.every):
@@ -244,6 +247,11 @@ class Session:
         shown = "  ".join(f"{name} {figure(number)}" for name, number in metrics.items())
         say = bar.note if bar else self.console.note
         say(f"step {progress.step}: validation {shown}")
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.progress.step
+        has_rows = "validation" in self.prepared.examples
+        return has_rows and (step == self.plan.total or self.plan.due(step, self.recipe.evaluation.every))
 
     def _out_of_patience(self) -> bool:
         patience = self.recipe.evaluation.patience
@@ -357,5 +365,5 @@ def _memory_named(recipe: Any) -> Iterator[None]:
 
 
 def now() -> str:
-    """The local time with its offset, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    """The time in UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -21,7 +21,7 @@ class StopAsked(BaseException):
 
 
 class Signals:
-    """Remembers the first signal; the second one of its kind ends the process at once."""
+    """Remembers the first signal; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self._asked = 0

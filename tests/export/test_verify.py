@@ -133,7 +133,6 @@ def _compare(case: Case, dtype: str, tolerance: float) -> verify.Verification:
     return compare(*lists, [None], _decide, tolerance=tolerance)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 @pytest.mark.parametrize("family", list(models.families()))
 def test_merged_folder_equals_adapter_in_a_fresh_process(
@@ -149,7 +148,6 @@ def test_merged_folder_equals_adapter_in_a_fresh_process(
     assert found.tolerance == pytest.approx(tolerance * scale)
 
 
-@pytest.mark.slow
 def test_fresh_process_does_not_know_ticktune(reloaded: Reloaded) -> None:
     assert len(reloaded.said) == 4 * len(models.families()) + 1
     assert all(found["ticktune"] == [] for found in reloaded.said)
@@ -157,7 +155,6 @@ def test_fresh_process_does_not_know_ticktune(reloaded: Reloaded) -> None:
         check_loading({"ticktune": ["ticktune.patch"]}, Path("merged"))
 
 
-@pytest.mark.slow
 def test_folder_with_one_tick_zeroed_is_refused(reloaded: Reloaded) -> None:
     case = reloaded.cases["bert"]
     with pytest.raises(ExportError, match="differs from base"):
@@ -171,7 +168,6 @@ def test_folder_with_one_tick_zeroed_is_refused(reloaded: Reloaded) -> None:
         )
 
 
-@pytest.mark.slow
 def test_folder_that_does_not_load_exactly_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
     ids = {"input_ids": torch.tensor([[4, 5, 6]])}
     for name in ("extra", "missing"):
@@ -331,7 +327,6 @@ def _write(target: Path, parts: Parts, **options: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.slow
 def test_written_folder_is_verified_and_known_again(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -353,7 +348,6 @@ def test_written_folder_is_verified_and_known_again(tmp_path: Path) -> None:
         _write(tmp_path / "merged", _parts())
 
 
-@pytest.mark.slow
 def test_folder_that_fails_the_comparison_does_not_appear(tmp_path: Path) -> None:
     parts = _parts()
     parts.tensors["encoder.1.ffn.P"][:, 0] = 0  # not what the logits of base + adapter were computed with
@@ -370,7 +364,6 @@ def test_tensors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_cast_that_overflows_is_refused(tmp_path: Path) -> None:
     parts = _parts()
     parts.tensors["head.classifier.bias"][0] += 1e6  # beyond float16

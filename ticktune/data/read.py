@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _MAX_LINE = 64 * 1024 * 1024  # bytes; one longer line is a file that is not JSON Lines
 
 
@@ -145,6 +146,16 @@ def build_rows(
             fix="write all of them in one way",
         ) from error
     return Rows(dataset, lines, name, digest or hashlib.sha256(repr(values).encode()).hexdigest(), templates)
+
+
+def text_lines(data: bytes, name: str) -> list[str]:
+    """Splits text into lines, blank ones included; a last line end starts no further line.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
+    lines = _decode(data.removeprefix(b"\xef\xbb\xbf"), name, 0).split("\n")
+    return [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
 def _templates(

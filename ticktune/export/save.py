@@ -59,6 +59,7 @@ def write_merged(
     dtype: str,
     adapter_sha256: str,
     replace: bool = False,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Merges, verifies, and writes a folder that stock transformers opens.
 
@@ -74,6 +75,7 @@ def write_merged(
         dtype: Of the saved weights.
         adapter_sha256: Recorded, to recognise the same export again.
         replace: Whether an existing folder is put aside.
+        poll: Called between the stages, so that a signal is noticed.
 
     Returns:
         What ``ticktune.json`` in the folder says.
@@ -98,6 +100,7 @@ def write_merged(
         reloaded, merged = stock_logits(
             [(control, auto_class, "float32"), (final, auto_class, "float32")], evidence.batches
         )
+        poll()
         found = compare(evidence.ours, merged, evidence.base, reloaded, evidence.masks, evidence.decide)
         cast: dict[str, Any] = {}
         if dtype != "float32":

@@ -101,6 +101,7 @@ def stock_logits(models: Sequence[tuple[Path, str, str]], batches: Sequence[dict
             capture_output=True,
             text=True,
             check=False,
+            start_new_session=True,  # Ctrl-C on the terminal is ours to handle
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0 or len(lines) != len(models):

@@ -300,6 +300,8 @@ def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout)
     Raises:
         PatchError: A layer does not exist, or the model has no norm of a named role.
     """
+    if isinstance(roles, str) and roles not in ("all", "none"):
+        roles = [part.strip() for part in roles.split(",")]
     if roles == "none":
         return []
     selection = tick_layers if norm_layers == "same" else norm_layers
@@ -358,6 +360,8 @@ def head_names(model: nn.Module, train: Literal["auto"] | bool, fresh: Iterable[
         PatchError: The checkpoint lacks parameters that are not part of a head, or True was asked for on a
             model whose only head is a language-model head.
     """
+    if train != "auto" and not isinstance(train, bool):
+        raise PatchError(f"head is {train!r}, expected auto, True or False")
     own = head_candidates(model)
     for name in fresh:
         if name not in own:

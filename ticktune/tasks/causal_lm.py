@@ -243,7 +243,11 @@ class CausalLm:
     ) -> list[Example]:
         limit = self.options.max_length
         if not labelled:
-            return [self._example(number, ids[-limit:], None)]
+            # Nothing to continue is continued from the token that begins, or ends, a text.
+            begin = self.tokenizer.bos_token_id
+            return [
+                self._example(number, ids[-limit:] or [self.tokenizer.eos_token_id if begin is None else begin], None)
+            ]
         if len(ids) > limit:
             report.truncated.append(number)
             answer = sum(label != IGNORED for label in labels)

@@ -106,8 +106,15 @@ class TextClassification:
         for i, row in enumerate(rows):
             if len(whole[i]) > limit:
                 report.truncated.append(first + i)
-            example: Example = {"row": first + i, "length": len(encoded["input_ids"][i])}
+            example: Example = {"row": first + i}
             example |= {name: encoded[name][i] for name in _INPUTS if name in encoded and name != "attention_mask"}
+            if not example["input_ids"]:
+                # An empty text, and a tokenizer that adds nothing to it: a model needs one token at least.
+                example |= {
+                    "input_ids": [self._filler()],
+                    **({"token_type_ids": [0]} if "token_type_ids" in example else {}),
+                }
+            example["length"] = len(example["input_ids"])
             if labelled:
                 example["target"] = self._target(row["label"])
             examples.append(example)
@@ -234,6 +241,10 @@ class TextClassification:
                 }
             )
         return answers
+
+    def _filler(self) -> int:
+        end: int | None = self.tokenizer.eos_token_id
+        return int(self.tokenizer.pad_token_id) if end is None else end
 
     def _target(self, label: Any) -> Any:
         if self.problem == "regression":
