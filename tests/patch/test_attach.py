@@ -186,7 +186,7 @@ def test_named_norm_roles_only() -> None:
 def test_norm_role_that_the_model_lacks_is_refused() -> None:
     with pytest.raises(PatchError, match="no cross_attention norm"):
         attach(_build("bert"), 4, norms=["attention", "cross_attention"])
-    with pytest.raises(PatchError, match="no a norm"):
+    with pytest.raises(PatchError, match="no al norm"):
         attach(_build("bert"), 4, norms="al")
 
 
