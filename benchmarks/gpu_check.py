@@ -28,7 +28,7 @@ RESULTS = ROOT / "results" / "gpu_check.json"
 
 # Short runs: enough steps for a loss that means something, few enough for a CPU.
 CASES: dict[str, list[str]] = {
-    "sst2": ["data.train.limit=1000", "training.epochs=2"],
+    "sst2": ["data.train.limit=1000", "training.epochs=3", "optimizer.lr=1e-3"],
     "stories": ["training={steps: 120, batch_size: 16}"],
 }
 # How far a metric may be from the CPU's fp32: sampling of a few rows near the border, and rounding.
