@@ -185,7 +185,7 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, base: BaseFiles) -> None:
     Raises:
         BaseModelError: Naming the first such token.
     """
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if beyond:
         raise BaseModelError(

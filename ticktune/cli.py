@@ -39,6 +39,23 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class PadTo(StrEnum):
+    """What merged widths are multiples of."""
+
+    auto = "auto"
+    none = "none"
+    to_64 = "64"
+    to_128 = "128"
+    to_256 = "256"
+
+
+class Express(StrEnum):
+    """The architecture that a merged folder is written as."""
+
+    same = "same"
+    llama = "llama"
+
+
 Target = Annotated[
     str | None,
     typer.Argument(
@@ -146,6 +163,19 @@ def export(
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="Of the merged weights; base: as the base's files.")
     ] = Dtype.base,
+    pad_to: Annotated[
+        PadTo,
+        typer.Option(
+            "--pad-to",
+            help="Round merged widths up with zero units to a multiple; auto: of what the base's width is, 64 at most.",
+        ),
+    ] = PadTo.auto,
+    express: Annotated[
+        Express,
+        typer.Option(
+            "--as", help="llama: write a Mistral, Qwen2 or Phi-3 as the Llama it is, so that plain ticks fit."
+        ),
+    ] = Express.same,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     data: Annotated[
         Path | None, typer.Option("--data", help="Rows to compare the merged folder on, instead of the run's.")
@@ -156,7 +186,16 @@ def export(
     from ticktune import run
 
     run.export(
-        target, context.obj["console"], merge=merge, output=output, dtype=dtype.value, force=force, base=base, data=data
+        target,
+        context.obj["console"],
+        merge=merge,
+        output=output,
+        dtype=dtype.value,
+        pad_to=pad_to.value,
+        express=express.value,
+        force=force,
+        base=base,
+        data=data,
     )
 
 

@@ -12,7 +12,8 @@ from ticktune.console import Console
 from ticktune.errors import PatchError
 from ticktune.export.widen import merge_obstacle
 from ticktune.patch.attach import adapter_parameters, attach, attachment_of, choose_form, head_candidates
-from ticktune.patch.layout import Layout, find_layout
+from ticktune.patch.detect import find_layout
+from ticktune.patch.layout import Layout
 from ticktune.prepare import prepare
 from ticktune.recipe.load import LoadedRecipe
 

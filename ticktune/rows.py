@@ -15,7 +15,7 @@ from ticktune.errors import DataError, UsageError
 from ticktune.evaluate import compute_metrics, logits_of
 from ticktune.export.save import Evidence
 from ticktune.folder import Target
-from ticktune.patch.attach import adapter_state, attachment_of, load_adapter_state
+from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, load_adapter_state
 from ticktune.prepare import Loaded, encode, facts_of, read_file, read_splits
 from ticktune.registry import TASKS
 from ticktune.tasks.task import Batch
@@ -157,8 +157,8 @@ def _without_ticks(model: nn.Module) -> Iterator[None]:
     record = attachment_of(model)
     kept = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
     plain = dict(kept)
-    for key in kept:
-        if key.endswith(".ffn.P"):
+    for key, role, _ in adapter_parameters(model):
+        if role == "P":
             plain[key] = torch.zeros_like(kept[key])
         elif key in record.frozen_norms:
             plain[key] = record.frozen_norms[key].detach().float()

@@ -22,7 +22,7 @@ from ticktune.errors import (
     UsageError,
 )
 from ticktune.evaluate import predict, score
-from ticktune.export.save import existing_export, verification_of, write_merged
+from ticktune.export.save import existing_export, verification_of, widening_of, write_merged
 from ticktune.export.widen import merge_obstacle
 from ticktune.files import (
     check_writable,
@@ -102,8 +102,12 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
         norm_layers=norms.layers,
         head=recipe.head.train,
         fresh=fresh,
+        experts=ticks.experts,
+        unshare=ticks.unshare,
         seed=recipe.training.seed,
     )
+    for note in attachment_of(model).layout.notes:
+        console.note(note)
     obstacle = merge_obstacle(attachment_of(model).layout, attachment_of(model).plan)
     if obstacle:
         console.warn(f"the adapter will train, but not merge: {obstacle}")
@@ -204,6 +208,8 @@ def export(
     merge: bool = False,
     output: Path | None = None,
     dtype: str = "base",
+    pad_to: str = "auto",
+    express: str = "same",
     force: bool = False,
     base: str | None = None,
     data: Path | None = None,
@@ -216,6 +222,8 @@ def export(
         merge: Whether to build the ticks into the base's weights.
         output: The folder to write; None: ``RUN/merged`` with ``merge``, else the adapter stays where it is.
         dtype: Of the merged weights: ``base`` (as the base's files) or a torch dtype's name.
+        pad_to: Multiple that merged widths are rounded up to; see :func:`ticktune.export.widen.widen`.
+        express: ``same`` architecture, or ``llama``.
         force: Replace an existing folder.
         base: The base, where the recorded one cannot be found.
         data: A file with rows to compare the merged folder on, instead of the run's.
@@ -232,7 +240,7 @@ def export(
     with watched_signals() as signals:
         try:
             if merge:
-                _export_merged(target, console, output, dtype, force, base, data, signals)
+                _export_merged(target, console, output, (dtype, pad_to, express), force, base, data, signals)
             else:
                 _export_adapter(target, console, output, force, base)
         except StopAsked as stop:
@@ -265,7 +273,7 @@ def _export_merged(
     target: Target,
     console: Console,
     output: Path | None,
-    dtype: str,
+    wanted: tuple[str, str, str],
     force: bool,
     base: str | None,
     data: Path | None,
@@ -276,10 +284,11 @@ def _export_merged(
     files = base_of(facts, target.recipe(), base)
     _refuse_source(place, target.path)
     _refuse_source(place, files.directory)
+    dtype, pad_to, express = wanted
     own_dtype = stored_dtype(files) if dtype == "base" else dtype
     identity = sha256_file(target.path / ADAPTER_TENSORS)
     if place.exists() and not force:
-        found = existing_export(place, identity, own_dtype)
+        found = existing_export(place, identity, own_dtype, pad_to, express)
         if found is None:
             raise OutputError(
                 "it exists already", where=str(place), fix="add --force to replace it, or choose another -o"
@@ -306,6 +315,8 @@ def _export_merged(
         evidence,
         dtype=own_dtype,
         adapter_sha256=identity,
+        pad_to=pad_to,
+        express=express,
         replace=force,
         poll=signals.poll,
     )
@@ -428,10 +439,12 @@ def _say_result(run: RunFolder, console: Console) -> None:
 def _say_export(place: Path, document: dict[str, Any], console: Console) -> None:
     found = verification_of(document)
     rows = [["merged", str(place)], *map(list, found.lines())]
-    rows += [[f"new {field}", str(width)] for field, width in document["widths"].items()]
+    if document["as"] != "same":
+        rows.append(["written as", document["as"]])
+    rows += [[widening.field, widening.text()] for widening in widening_of(document)]
     if document["cast"]:
         cast = document["cast"]
         rows.append([f"cast to {cast['dtype']}: max |Δ logit|", f"{cast['max_difference']:.2e}"])
         rows.append(["predictions changed by the cast", f"{cast['changed']}/{cast['decisions']}"])
-    shown = {k: document[k] for k in ("dtype", "widths", "verification", "cast")}
+    shown = {k: document[k] for k in ("dtype", "as", "pad_to", "widths", "widening", "verification", "cast")}
     console.result({"merged": str(place), **shown}, rows)

@@ -88,18 +88,25 @@ def test_3_base_package_that_is_not_installed(recipe: Path, capsys: pytest.Captu
     expect(3, ["train", recipe, "base.model=package:no_such_thing"], capsys, "pip install no-such-thing")
 
 
-def test_3_family_without_a_known_ffn(recipe: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_3_family_without_a_provable_ffn(recipe: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
-    from transformers import FNetConfig, FNetModel
+    from transformers import IBertConfig, IBertModel
 
-    folder = recipe.parent / "fnet"
+    folder = recipe.parent / "ibert"
     torch.manual_seed(0)
-    FNetModel(FNetConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, intermediate_size=48)).save_pretrained(
-        folder
-    )
+    IBertModel(
+        IBertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=48,
+            pad_token_id=0,
+        )
+    ).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_bert / name, folder / name)
-    expect(3, ["train", recipe, f"base.model={folder}"], capsys, "no feed-forward blocks are known", "'fnet'")
+    expect(3, ["train", recipe, f"base.model={folder}"], capsys, "no feed-forward block was found: ibert", "no pair")
     assert not (recipe.parent / "runs/tiny/adapter").exists()
 
 
@@ -165,18 +172,23 @@ def test_6_damaged_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_6_architecture_that_cannot_merge(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
     monkeypatch.chdir(tmp_path)
+    BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2)).save_pretrained("bloom")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / name, tmp_path / "bloom" / name)
     (tmp_path / "train.txt").write_text(" ".join(f"w{i % 60}" for i in range(400)))
     (tmp_path / "validation.txt").write_text(" ".join(f"w{i % 60}" for i in range(90)))
     (tmp_path / "recipe.yaml").write_text(
-        f"task: causal-lm\nbase: {{model: {tiny_llama}}}\nticks: {{dim: 4, form: plain}}\n"
+        "task: causal-lm\nbase: {model: bloom}\nticks: {dim: 4}\n"
         "data: {train: train.txt, validation: validation.txt, max_length: 16}\n"
-        "training: {steps: 2, precision: fp32}\noutput: runs/plain\n"
+        "training: {steps: 2, precision: fp32}\noutput: runs/bloom\n"
     )
     assert entry(["train", "recipe.yaml"]) == 0
     assert "will train, but not merge" in capsys.readouterr().err
-    expect(6, ["export", "runs/plain", "--merge"], capsys, "cannot be merged", "ticks.form: auto")
-    assert not (tmp_path / "runs/plain/merged").exists()
+    expect(6, ["export", "runs/bloom", "--merge"], capsys, "cannot be merged", "fixes the width")
+    assert not (tmp_path / "runs/bloom/merged").exists()
 
 
 def test_7_changed_recipe(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

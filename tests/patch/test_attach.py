@@ -29,7 +29,7 @@ def _build(family: str) -> nn.Module:
 
 
 def _ticks(model: nn.Module) -> list[str]:
-    return list(attachment_of(model).ticks)
+    return [key.removesuffix(".ffn") for key in attachment_of(model).ticks]
 
 
 @pytest.mark.parametrize(
@@ -100,17 +100,13 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, Any]) -> None
     assert attachment_of(model, missing_ok=True) is None
 
 
-def test_unknown_family_is_refused_with_exit_code_3() -> None:
-    from transformers import ConvBertConfig, ConvBertModel
+def test_model_without_feed_forward_blocks_is_refused_with_exit_code_3() -> None:
+    from transformers import MambaConfig, MambaModel
 
-    config = ConvBertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=8
-    )
-    with pytest.raises(PatchError, match="no feed-forward blocks are known for the model type 'convbert'") as e:
-        attach(ConvBertModel(config), 4)
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=8, state_size=4)
+    with pytest.raises(PatchError, match="no feed-forward block was found: mamba: no pair of projections") as e:
+        attach(MambaModel(config), 4)
     assert e.value.exit_code == 3
-    with pytest.raises(PatchError):
-        attach(nn.Linear(2, 2), 4)
 
 
 def test_gated_ticks_on_plain_blocks_are_refused() -> None:

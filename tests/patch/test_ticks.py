@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tests.models as models
 from tests.training import bits
 from ticktune.patch.attach import adapter_parameters, attach, attachment_of, detach, set_training
-from ticktune.patch.layout import find_layout
+from ticktune.patch.detect import find_layout
 from ticktune.patch.ticks import Tick, gated_tick, plain_tick
 
 Array = np.ndarray[Any, Any]
@@ -178,7 +178,7 @@ def _with_hidden_dropout(family: str, p: float) -> tuple[nn.Module, Tick]:
         model.get_submodule("model.encoder.layers.0").activation_dropout = p  # a plain number
     else:
         model.get_submodule("encoder.block.0.layer.1.DenseReluDense.dropout").p = p
-    return model, attachment_of(model).ticks["encoder.0"]
+    return model, attachment_of(model).ticks["encoder.0.ffn"]
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-gated", "bart"])

@@ -4,13 +4,13 @@ import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ticktune.errors import ExportError
-from ticktune.export.save import refuse_not_finite
+from ticktune.export.save import express_as_llama, refuse_not_finite
 from ticktune.export.verify import Verification, compare, stock_logits
 from ticktune.export.widen import widen
 from ticktune.files import new_directory
@@ -25,6 +25,8 @@ def merge(
     *,
     inputs: Sequence[dict[str, Tensor]] = (),
     tokenizer: Any = None,
+    pad_to: int | str = "auto",
+    express: Literal["same", "llama"] = "same",
 ) -> Verification:
     """Builds a model's ticks, norms and head into a stock checkpoint, and proves it in a fresh process.
 
@@ -35,6 +37,9 @@ def merge(
         directory: A new folder; it appears as a whole, or not at all.
         inputs: Keyword arguments of forward passes to compare on; empty: random token ids or pixels.
         tokenizer: Saved beside the weights, where there is one.
+        pad_to: Multiple that widths are rounded up to: a number, ``none``, or ``auto``; see
+            :func:`ticktune.export.widen.widen`.
+        express: ``llama``: write a Mistral, Qwen2 or Phi-3 as the Llama that it is, where plain ticks merge.
 
     Returns:
         What the comparison found.
@@ -49,12 +54,15 @@ def merge(
     refuse_not_finite(tensors)
     dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
     stock = detach(copy.deepcopy(model).cpu()).float().eval()
-    stock_class = _stock_class(stock)
+    _stock_class(stock)
     with torch.no_grad():
         for name in plan.head:
             stock.get_parameter(name).copy_(tensors[f"head.{name}"])
     with tempfile.TemporaryDirectory(prefix="ticktune-") as name, new_directory(Path(directory)) as temporary:
         control = Path(name) / "control"
+        if express == "llama":
+            stock = express_as_llama(stock)
+        stock_class = _stock_class(stock)
         stock.save_pretrained(control)  # type: ignore[operator]
         # Loaded again as float32: buffers that no file holds may have been rounded in the model's own dtype.
         stock = type(stock).from_pretrained(control, dtype=torch.float32).eval()  # type: ignore[attr-defined]
@@ -63,10 +71,12 @@ def merge(
         attach_plan(stock, plan)
         load_adapter_state(stock, tensors)
         ours = _logits(stock, batches)
-        widen(detach(stock), plan, tensors)
+        widen(detach(stock), plan, tensors, pad_to=pad_to)
         final = temporary if dtype == torch.float32 else Path(name) / "merged"
         stock.save_pretrained(final)
-        reloaded, merged = stock_logits([(control, stock_class, "float32"), (final, stock_class, "float32")], batches)
+        reloaded, merged = stock_logits(
+            [(control, stock_class, "float32"), (final, stock_class, "float32")], batches, same_ties=True
+        )
         found = compare(ours, merged, base, reloaded, [None] * len(batches), _argmax)
         if dtype != torch.float32:
             stock.to(dtype).save_pretrained(temporary)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ticktune.adapter import AdapterFacts
 from ticktune.errors import ExportError
-from ticktune.export.verify import Decide, Verification, compare, distance, stock_logits
-from ticktune.export.widen import widen
+from ticktune.export.express import as_llama, probe
+from ticktune.export.verify import TOLERANCE, Decide, Verification, compare, distance, stock_logits
+from ticktune.export.widen import Widening, widen
 from ticktune.files import new_directory, read_json, verify_directory, write_json, write_text
 from ticktune.patch.attach import Plan
 from ticktune.report.card import merged_card
@@ -58,6 +59,8 @@ def write_merged(
     *,
     dtype: str,
     adapter_sha256: str,
+    pad_to: str = "auto",
+    express: str = "same",
     replace: bool = False,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -74,6 +77,8 @@ def write_merged(
         evidence: What to compare on.
         dtype: Of the saved weights.
         adapter_sha256: Recorded, to recognise the same export again.
+        pad_to: See :func:`ticktune.export.widen.widen`.
+        express: ``same`` architecture, or ``llama``; see :mod:`ticktune.export.express`.
         replace: Whether an existing folder is put aside.
         poll: Called between the stages, so that a signal is noticed.
 
@@ -93,12 +98,14 @@ def write_merged(
     ):
         control, whole = Path(name) / "control", Path(name) / "merged"
         _put_head(model, plan, tensors)
+        if express == "llama":
+            model = express_as_llama(model)
         _save(model, control)
-        widths = widen(model, plan, tensors)
+        widened = widen(model, plan, tensors, pad_to=pad_to)
         final = temporary if dtype == "float32" else whole
         _save(model, final)
         reloaded, merged = stock_logits(
-            [(control, auto_class, "float32"), (final, auto_class, "float32")], evidence.batches
+            [(control, auto_class, "float32"), (final, auto_class, "float32")], evidence.batches, same_ties=True
         )
         poll()
         found = compare(evidence.ours, merged, evidence.base, reloaded, evidence.masks, evidence.decide)
@@ -114,7 +121,10 @@ def write_merged(
             "format": 1,
             "adapter_sha256": adapter_sha256,
             "dtype": dtype,
-            "widths": widths,
+            "pad_to": pad_to,
+            "as": express,
+            "widths": {w.field: w.value for w in widened},
+            "widening": [asdict(w) for w in widened],
             "verification": asdict(found),
             "cast": cast,
             "adapter": asdict(facts),
@@ -124,7 +134,9 @@ def write_merged(
     return document
 
 
-def existing_export(target: Path, adapter_sha256: str, dtype: str) -> dict[str, Any] | None:
+def existing_export(
+    target: Path, adapter_sha256: str, dtype: str, pad_to: str = "auto", express: str = "same"
+) -> dict[str, Any] | None:
     """Returns what an existing folder says of itself when it is a verified export of the same adapter.
 
     Raises:
@@ -134,13 +146,38 @@ def existing_export(target: Path, adapter_sha256: str, dtype: str) -> dict[str, 
         return None
     verify_directory(target)
     document: dict[str, Any] = read_json(target / FACTS)
-    same = document.get("adapter_sha256") == adapter_sha256 and document.get("dtype") == dtype
-    return document if same else None
+    asked = {"adapter_sha256": adapter_sha256, "dtype": dtype, "pad_to": pad_to, "as": express}
+    return document if all(document.get(key) == value for key, value in asked.items()) else None
 
 
 def verification_of(document: dict[str, Any]) -> Verification:
     """The comparison that a merged folder records."""
     return Verification(**document["verification"])
+
+
+def widening_of(document: dict[str, Any]) -> list[Widening]:
+    """What merging did to the widths, as a merged folder records it."""
+    return [Widening(**entry) for entry in document["widening"]]
+
+
+def express_as_llama(model: nn.Module) -> nn.Module:
+    """Writes a model as a Llama and checks on random tokens that it computes the same.
+
+    Raises:
+        ExportError: It is no Llama under another name.
+    """
+    llama = as_llama(model)
+    batch = probe(model)
+    with torch.no_grad():
+        before, after = model.eval()(**batch), llama(**batch)
+    key = "logits" if hasattr(before, "logits") else "last_hidden_state"
+    difference = distance(before[key], after[key], None)
+    allowed = TOLERANCE * max(1.0, float(before[key].abs().max()))
+    if not difference <= allowed:
+        raise ExportError(
+            f"written as a Llama the base differs by {difference:.2e} on random tokens, tolerance {allowed:.2e}"
+        )
+    return llama
 
 
 def _save(model: nn.Module, directory: Path) -> None:

@@ -3,7 +3,7 @@
 It must not import ticktune: what it proves is that nobody needs it. Usage: ``stock_forward.py REQUEST``,
 where REQUEST is a JSON file: {"inputs": safetensors file with "<batch>.<argument>" tensors, "batches": count,
 "models": [{"directory": …, "auto_class": …, "dtype": …, "outputs": safetensors file}]}. It prints one JSON line for
-each model: what from_pretrained said of missing, unexpected and mismatched tensors.
+each model: what from_pretrained said of missing, unexpected and mismatched tensors, and which are tied.
 """
 
 import json
@@ -37,6 +37,10 @@ def main(request_path: str) -> None:
             logits[str(number)] = (output.logits if hasattr(output, "logits") else output[0]).contiguous()
         save_file(logits, wanted["outputs"])
         found = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+        owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        found["tied"] = sorted(" = ".join(sorted(names)) for names in owners.values() if len(names) > 1)
         found["ticktune"] = sorted(name for name in sys.modules if name.split(".")[0] == "ticktune")
         sys.stdout.write(json.dumps(found) + "\n")
 

@@ -61,18 +61,22 @@ class Verification:
         ]
 
 
-def stock_logits(models: Sequence[tuple[Path, str, str]], batches: Sequence[dict[str, Tensor]]) -> list[list[Tensor]]:
+def stock_logits(
+    models: Sequence[tuple[Path, str, str]], batches: Sequence[dict[str, Tensor]], *, same_ties: bool = False
+) -> list[list[Tensor]]:
     """Runs stock transformers in a fresh process.
 
     Args:
         models: (folder, auto class, dtype name or ``auto``) of each model.
         batches: Keyword arguments of each forward pass.
+        same_ties: Whether all must tie the same weights as the first, the control.
 
     Returns:
         For each model the logits of each batch.
 
     Raises:
-        ExportError: A folder does not load, or not exactly: a tensor is missing, unexpected or misshaped.
+        ExportError: A folder does not load, or not exactly: a tensor is missing, unexpected or misshaped, or
+            other weights are tied than in the first.
     """
     from safetensors.torch import load_file, save_file
 
@@ -107,8 +111,12 @@ def stock_logits(models: Sequence[tuple[Path, str, str]], batches: Sequence[dict
         if done.returncode != 0 or len(lines) != len(models):
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ExportError(f"stock transformers cannot load and run the merged folder: {last}")
-        for (folder, _, _), line in zip(models, lines, strict=True):
-            check_loading(json.loads(line), folder)
+        found = [json.loads(line) for line in lines]
+        for (folder, _, _), said in zip(models, found, strict=True):
+            check_loading({kind: names for kind, names in said.items() if kind != "tied"}, folder)
+            if same_ties and said["tied"] != found[0]["tied"]:
+                lost = sorted({*said["tied"]} ^ {*found[0]["tied"]})
+                raise ExportError(f"tied weights differ from the base's: {', '.join(lost[:3])}", where=str(folder))
         return [
             [outputs[str(i)] for i in range(len(batches))]
             for outputs in (load_file(directory / f"outputs-{i}.safetensors") for i in range(len(models)))

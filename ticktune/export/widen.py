@@ -2,15 +2,56 @@
 
     FFN(x) + P σ(Qx + r) = [W2 P] σ([W1; Q] x + [b1; r]) + b2
 
-No base weight changes, because nothing is added into one.
+No base weight changes, because nothing is added into one. How wide each block becomes is read off a model of the
+new config, built on the meta device: so one rule serves fields that count units and fields that are ratios.
 """
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ticktune.errors import ExportError
-from ticktune.patch.attach import Plan
-from ticktune.patch.layout import Ffn, Layout, config_of, find_layout, is_conv1d, projection_size
+from ticktune.patch.attach import Plan, form_of, has_tick
+from ticktune.patch.detect import find_layout, shapes_of
+from ticktune.patch.layout import AS_LLAMA, Ffn, Layout, config_of, is_conv1d, projection_size, unshare_layers
+
+# Grouped matrix products of experts need strides of 16 bytes: 8 numbers of 2 bytes (transformers issue 48644).
+_EXPERTS_MULTIPLE = 8
+_ATTEMPTS = 300
+
+
+@dataclass(frozen=True)
+class Widening:
+    """What merging did to the blocks that one config field drives.
+
+    Args:
+        field: The field, dotted from the model's config.
+        value: Its new value.
+        before: The blocks' widths before, each different one once.
+        after: The same after.
+        units: Units of a tick.
+        padding: Zero units of the block that got most, to reach a multiple or because it has no tick.
+        cost_percent: How much more the blocks compute.
+    """
+
+    field: str
+    value: Any
+    before: list[int]
+    after: list[int]
+    units: int
+    padding: int
+    cost_percent: float
+
+    def text(self) -> str:
+        """For a person."""
+        change = ", ".join(f"{a:,} -> {b:,}" for a, b in zip(self.before, self.after, strict=True))
+        zeros = f", up to {self.padding:,} of them zero units" if self.padding else ""
+        return f"{change} (+{self.cost_percent:.2f} % feed-forward compute{zeros})"
 
 
 def merge_obstacle(layout: Layout, plan: Plan) -> str:
@@ -20,83 +61,257 @@ def merge_obstacle(layout: Layout, plan: Plan) -> str:
         layout: The model's feed-forward blocks.
         plan: What is attached.
     """
-    ffn = layout.ffns[0]
-    if plan.dim and plan.form == "plain" and ffn.is_gated and not ffn.has_bias:
-        return (
-            "plain ticks on gated feed-forward blocks need biases (r at the gate, 1 at up), "
-            "and this architecture has none; gated ticks merge (ticks.form: auto)"
-        )
+    for ffn in layout.ffns:
+        if not has_tick(plan, ffn):
+            continue
+        if ffn.width_field is None:
+            return (
+                f"the architecture fixes the width of its feed-forward blocks ({ffn.stack}: {ffn.width} beside "
+                f"{ffn.hidden_size} hidden units), so no stock config can describe the wider ones"
+            )
+        if form_of(plan, ffn) == "plain" and ffn.is_gated and not ffn.has_bias and ffn.bias_field is None:
+            way_out = (
+                "as a Llama it can hold them (export --merge --as llama), and gated ticks merge as they are"
+                if layout.model_type in AS_LLAMA
+                else "gated ticks merge (ticks.form: auto)"
+            )
+            return (
+                "plain ticks on gated feed-forward blocks need biases (r at the gate, 1 at up), "
+                f"and this architecture has none; {way_out}"
+            )
     return ""
 
 
-def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> dict[str, int]:
+def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, pad_to: int | str = "auto") -> list[Widening]:
     """Builds an adapter into a stock model, in place.
 
-    All blocks that share a config field of width get the same number of new units; blocks without a tick get
-    zeros. The arithmetic is the model's: use float32 or wider.
+    All blocks that share a config field of width grow together; blocks without a tick get zero units. The
+    arithmetic is the model's: use float32 or wider.
 
     Args:
         model: The stock base under the adapter's model class, without ticks.
         plan: What the adapter holds.
         tensors: Its tensors.
+        pad_to: Multiple that the new width is rounded up to with zero units: a number, ``none``, or ``auto``:
+            what divides the width before, 64 at most. Experts always get a multiple of 8, as their kernels need.
 
     Returns:
-        Config field -> its new width.
+        What changed, for each config field of width.
 
     Raises:
         ExportError: The architecture has no place for it.
     """
+    if plan.unshare:
+        unshare_layers(model)
     layout = find_layout(model)
     obstacle = merge_obstacle(layout, plan)
     if obstacle:
         raise ExportError(f"this adapter cannot be merged: {obstacle}")
-    wider = {layout.stacks[stack].width for stack, layers in plan.layers.items() if layers and plan.dim}
-    widths: dict[str, int] = {}
+    fields = {ffn.width_field for ffn in layout.ffns if has_tick(plan, ffn)}
+    blocks = [ffn for ffn in (*layout.ffns, *layout.aux) if ffn.width_field in fields]
+    promoted = {
+        ffn.bias_field
+        for ffn in blocks
+        if has_tick(plan, ffn) and form_of(plan, ffn) == "plain" and not ffn.has_bias and ffn.bias_field is not None
+    }
+    found: list[Widening] = []
+    if blocks:
+        before = {id(ffn): ffn.width for ffn in blocks}
+        config, shapes, after = _grow(model, blocks, plan.dim, pad_to, promoted)
+        with torch.no_grad():
+            if promoted:
+                _add_biases(model, shapes)
+            for ffn in blocks:
+                _widen_block(ffn, after[id(ffn)], plan, tensors)
+        for name in sorted(f for f in (*fields, *promoted) if f is not None):
+            value = getattr(*config_of(config, name))
+            owner, leaf = config_of(model.config, name)
+            setattr(owner, leaf, value)
+            if name in fields:
+                found.append(_widening(name, value, [f for f in blocks if f.width_field == name], before, plan))
+        _refuse_other_shapes(model, shapes)
     with torch.no_grad():
-        for ffn in layout.ffns:
-            field = layout.stacks[ffn.stack].width
-            if field in wider:
-                _widen_block(ffn, plan, tensors)
-                widths[field] = ffn.width
         for key in plan.norms:
-            norm = layout.norms[key]
-            for name, parameter in norm.named_parameters(recurse=False):
+            for name, parameter in layout.norms[key].named_parameters(recurse=False):
                 parameter.copy_(tensors[f"{key}.{name}"])
         for name in plan.head:
             model.get_parameter(name).copy_(tensors[f"head.{name}"])
-    for field, width in widths.items():
-        config, name = config_of(model.config, field)
-        setattr(config, name, width)
-    return widths
+    return found
 
 
-def _widen_block(ffn: Ffn, plan: Plan, tensors: dict[str, Tensor]) -> None:
-    key = f"{ffn.stack}.{ffn.layer}.ffn"
-    weight = ffn.down.weight
-    assert isinstance(weight, Tensor)
-    zeros = weight.new_zeros(plan.dim, ffn.hidden_size)
-    nothing = weight.new_zeros(plan.dim)
-    has_tick = f"{key}.P" in tensors
+def _widening(field: str, value: Any, blocks: Sequence[Ffn], before: dict[int, int], plan: Plan) -> Widening:
+    pairs = sorted({(before[id(f)], f.width) for f in blocks})
+    old = sum(before[id(f)] * f.hidden_size for f in blocks)
+    new = sum(f.width * f.hidden_size for f in blocks)
+    padding = max(f.width - before[id(f)] - (plan.dim if has_tick(plan, f) else 0) for f in blocks)
+    return Widening(
+        field, value, [a for a, _ in pairs], [b for _, b in pairs], plan.dim, padding, 100 * (new - old) / old
+    )
 
-    def tensor(name: str, default: Tensor) -> Tensor:
-        return tensors[f"{key}.{name}"].to(default) if f"{key}.{name}" in tensors else default
 
-    Q, U, P, r = tensor("Q", zeros), tensor("U", zeros), tensor("P", zeros.T), tensor("r", nothing)
-    # The up half of a plain tick on a gated block is the constant 1, from its bias.
-    up_bias = torch.ones_like(nothing) if has_tick and plan.form == "plain" else nothing
-    if ffn.fused:
-        width = ffn.width
-        gate_weight, up_weight = _rows(ffn.up)[:width], _rows(ffn.up)[width:]
-        _set_rows(ffn.up, torch.cat([gate_weight, Q, up_weight, U]))
-        bias = _bias(ffn.up)
+def _grow(
+    model: nn.Module, blocks: Sequence[Ffn], units: int, pad_to: int | str, promoted: set[str]
+) -> tuple[Any, dict[str, tuple[int, ...]], dict[int, int]]:
+    """Finds the config whose blocks are wide enough.
+
+    Returns:
+        The config, the shapes of its model's tensors, and the blocks' widths in it.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    needed = {id(ffn): _rounded(ffn.width + units, ffn, pad_to) for ffn in blocks}
+    config: Any = copy.deepcopy(model.config)
+    for field in promoted:
+        setattr(*config_of(config, field), True)
+    fields = sorted({str(ffn.width_field) for ffn in blocks})
+    for attempt in range(_ATTEMPTS):
+        for field in fields:
+            driven = [ffn for ffn in blocks if ffn.width_field == field]
+            value = getattr(*config_of(model.config, field))
+            _set(config, field, _larger(value, driven, needed, attempt))
+        shapes = shapes_of(type(model), config)
+        after = {id(ffn): _width_in(shapes, names[id(ffn.down)], ffn) for ffn in blocks}
+        if all(after[id(ffn)] >= needed[id(ffn)] for ffn in blocks):
+            return config, shapes, after
+    raise ExportError(f"no value of {', '.join(fields)} makes the feed-forward blocks wide enough")
+
+
+def _set(config: Any, field: str, value: Any) -> None:
+    owner, name = config_of(config, field)
+    try:
+        setattr(owner, name, value)
+    except Exception as error:
+        raise ExportError(f"the config refuses {field} = {value!r}: {error}") from error
+
+
+def _rounded(width: int, ffn: Ffn, pad_to: int | str) -> int:
+    multiple = math.gcd(ffn.width, 64) if pad_to == "auto" else 1 if pad_to == "none" else int(pad_to)
+    if ffn.experts is not None:
+        multiple = math.lcm(multiple, _EXPERTS_MULTIPLE)
+    return -(-width // multiple) * multiple
+
+
+def _larger(value: Any, blocks: Sequence[Ffn], needed: dict[int, int], attempt: int) -> Any:
+    """The next value to try: a count of units, a ratio to the hidden size, or one of these for each stage."""
+    target = max(needed[id(ffn)] for ffn in blocks)
+    if value is None or (isinstance(value, int) and value == blocks[0].width):
+        return target + attempt
+    if isinstance(value, int):
+        return value + 1 + attempt
+    if isinstance(value, float):
+        # Stages with a larger hidden size get more; rounding down in the model is why one attempt may not do.
+        least = min(blocks, key=lambda ffn: ffn.width)
+        width = needed[id(least)] + attempt
+        own = least.width / value
+        return width / round(own) if math.isclose(own, round(own)) else width / own
+    widths = {ffn.width: needed[id(ffn)] for ffn in blocks}
+    if all(v in widths for v in value):
+        return type(value)(widths[v] + attempt for v in value)
+    return type(value)(v + (1 + attempt if isinstance(v, int) else (1 + attempt) / 8) for v in value)
+
+
+def _width_in(shapes: dict[str, tuple[int, ...]], down: str, ffn: Ffn) -> int:
+    if ffn.experts is not None:
+        return shapes[f"{down}.down_proj"][2]
+    return shapes[f"{down}.weight"][0 if is_conv1d(ffn.down) else 1]
+
+
+def _add_biases(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Zero biases where the new config has biases and the model has none: the function stays the same."""
+    for name in sorted(shapes.keys() - model.state_dict().keys()):
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        weight = getattr(owner, "weight", None)
+        if leaf != "bias" or not isinstance(weight, Tensor):
+            raise ExportError(f"with biases the architecture gets the tensor {name}, which is none")
+        outputs = projection_size(owner)[1]  # of the narrow block; what is widened grows with it
+        owner.bias = nn.Parameter(weight.new_zeros(outputs), requires_grad=False)
+
+
+def _refuse_other_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A stock model of the new config must have exactly the tensors that the widened model has."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    different = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
+    if different:
+        raise ExportError(
+            f"the config's width also changes tensors that belong to no known feed-forward block: "
+            f"{', '.join(different[:5])}"
+        )
+
+
+def _widen_block(ffn: Ffn, width: int, plan: Plan, tensors: dict[str, Tensor]) -> None:
+    if ffn.experts is not None:
+        _widen_experts(ffn, width, plan, tensors)
+        return
+    extra = width - ffn.width
+    Q, U, P, r, one = _units(f"{ffn.key}", extra, ffn, plan, tensors)
+    if ffn.fused is not None:
+        old = ffn.width
+        halves = [(Q, r), (U, one)] if ffn.fused == "gate first" else [(U, one), (Q, r)]
+        rows, bias = _rows(ffn.up), _bias(ffn.up)
+        parts = [rows[:old], halves[0][0], rows[old:], halves[1][0]]
+        _set_rows(ffn.up, torch.cat(parts))
         if bias is not None:
-            _set_bias(ffn.up, torch.cat([bias[:width], r, bias[width:], up_bias]))
+            _set_bias(ffn.up, torch.cat([bias[:old], halves[0][1], bias[old:], halves[1][1]]))
     elif ffn.gate is not None:
         _append(ffn.gate, Q, r)
-        _append(ffn.up, U, up_bias)
+        _append(ffn.up, U, one)
     else:
         _append(ffn.up, Q, r)
+    if ffn.conv is not None:
+        _widen_convolution(ffn.conv, plan.dim if f"{ffn.key}.P" in tensors else 0, extra)
     _set_rows(ffn.down, torch.cat([_rows(ffn.down), P], dim=1))
+
+
+def _units(
+    key: str, extra: int, ffn: Ffn, plan: Plan, tensors: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Q, U (extra, h), P (h, extra), r and the up bias (extra) of a block, zero units last."""
+    like = next(ffn.down.parameters())
+
+    def padded(name: str, shape: tuple[int, ...]) -> Tensor:
+        whole = like.new_zeros(shape)
+        given = tensors.get(f"{key}.{name}")
+        if given is not None:
+            whole[tuple(slice(n) for n in given.shape)] = given.to(whole)
+        return whole
+
+    one = like.new_zeros(extra)
+    if f"{key}.P" in tensors and form_of(plan, ffn) == "plain" and ffn.is_gated:
+        one[: plan.dim] = 1  # the up half of a plain tick on a gated block is the constant 1, from its bias
+    h = ffn.hidden_size
+    return padded("Q", (extra, h)), padded("U", (extra, h)), padded("P", (h, extra)), padded("r", (extra,)), one
+
+
+def _widen_experts(ffn: Ffn, width: int, plan: Plan, tensors: dict[str, Tensor]) -> None:
+    extra, module = width - ffn.width, ffn.down
+    old, gated = ffn.width, ffn.is_gated
+    first = module.get_parameter("gate_up_proj" if gated else "up_proj")
+    down = module.get_parameter("down_proj")
+    rows, columns = [], []
+    for number in range(ffn.count):
+        # One tick beside the whole block stands in every expert: the routing weights sum to one.
+        key = ffn.key if plan.experts == "block" else f"{ffn.key}.{number}"
+        Q, U, P, _, _ = _units(key, extra, ffn, plan, tensors)
+        parts = [first[number, :old], Q, first[number, old:], U] if gated else [first[number], Q]
+        rows.append(torch.cat(parts))
+        columns.append(torch.cat([down[number], P], dim=1))
+    setattr(module, "gate_up_proj" if gated else "up_proj", nn.Parameter(torch.stack(rows), requires_grad=False))
+    module.down_proj = nn.Parameter(torch.stack(columns), requires_grad=False)
+    for name in ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_dim"):
+        if getattr(module, name, None) == old:
+            setattr(module, name, width)
+
+
+def _widen_convolution(conv: nn.Module, ticks: int, extra: int) -> None:
+    """Gives a depthwise convolution new channels: a tick's passes through unchanged, a zero unit's stays zero."""
+    weight, bias = conv.get_parameter("weight"), _bias(conv)
+    kernel = weight.new_zeros(extra, *weight.shape[1:])
+    kernel[:ticks, 0, weight.shape[2] // 2, weight.shape[3] // 2] = 1
+    conv.weight = nn.Parameter(torch.cat([weight, kernel]), requires_grad=False)
+    if bias is not None:
+        _set_bias(conv, torch.cat([bias, bias.new_zeros(extra)]))
+    for name in ("groups", "in_channels", "out_channels"):
+        setattr(conv, name, getattr(conv, name) + extra)
 
 
 def _append(projection: nn.Module, rows: Tensor, bias: Tensor) -> None:
@@ -116,9 +331,8 @@ def _rows(projection: nn.Module) -> Tensor:
 def _set_rows(projection: nn.Module, rows: Tensor) -> None:
     weight = rows.T if is_conv1d(projection) else rows
     projection.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    inputs, outputs = projection_size(projection)
-    names = ("nx", "nf") if is_conv1d(projection) else ("in_features", "out_features")
-    for name, value in zip(names, (inputs, outputs), strict=True):
+    names = ("nf", "nx") if is_conv1d(projection) else ("out_features", "in_features")
+    for name, value in zip(names, rows.shape, strict=True):
         setattr(projection, name, value)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import PatchError
-from ticktune.patch.layout import Ffn, Layout, find_layout
+from ticktune.patch.detect import find_layout
+from ticktune.patch.layout import Ffn, Layout, Shared, unshare_layers
 from ticktune.patch.norms import own_parameters, train_norm
-from ticktune.patch.ticks import Form, Tick
+from ticktune.patch.ticks import ExpertTicks, Form, Tick
 
 Role = Literal["Q", "r", "P", "U", "norm", "head"]
 
@@ -30,18 +31,22 @@ class Plan:
     """Exactly what is put on a model; an adapter records it.
 
     Args:
-        form: Form of the ticks.
+        form: Form of the ticks; ``auto``: each has that of its own block, as the model's blocks are of both.
         dim: Hidden units of each tick; 0 = none.
         layers: Stack -> numbers of the layers that get a tick.
         norms: Keys of the trained norms.
         head: Names of the trained head parameters.
+        experts: ``each``: a tick in every expert; ``block``: one beside the whole block of experts.
+        unshare: Whether each layer got its own copy of a block that the layers share.
     """
 
-    form: Form
+    form: Form | Literal["auto"]
     dim: int
     layers: dict[str, list[int]]
     norms: list[str]
     head: list[str]
+    experts: Literal["each", "block"] = "each"
+    unshare: bool = False
 
 
 @dataclass
@@ -51,22 +56,24 @@ class Attachment:
     Args:
         plan: What was asked for.
         layout: The model's feed-forward blocks and norms.
-        ticks: ``stack.layer`` -> tick.
+        ticks: Key of the block -> tick, or ticks of its experts.
         norms: Norm key -> module.
         frozen_norms: Norm parameter key -> the base's own tensor.
         frozen_head: Head parameter name -> the base's own tensor, in the base's dtype.
         handles: Hooks to remove.
         required_grad: Base parameters that required a gradient before.
+        shared: What the layers shared before ``unshare``, or None.
     """
 
     plan: Plan
     layout: Layout
-    ticks: dict[str, Tick] = field(default_factory=dict)
+    ticks: dict[str, Tick | ExpertTicks] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
     frozen_norms: dict[str, nn.Parameter] = field(default_factory=dict)
     frozen_head: dict[str, nn.Parameter] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
     required_grad: list[str] = field(default_factory=list)
+    shared: Shared | None = None
 
 
 def attach(
@@ -80,6 +87,8 @@ def attach(
     norm_layers: Any = "same",
     head: Literal["auto"] | bool = "auto",
     fresh: Iterable[str] = (),
+    experts: Literal["each", "block"] = "each",
+    unshare: bool = False,
     seed: int = 42,
 ) -> nn.Module:
     """Freezes a model and puts ticks, trained norms and a trained head on this instance.
@@ -99,6 +108,9 @@ def attach(
         head: ``auto``: the parameters in ``fresh`` and an existing classification or regression head;
             True: the whole head; False: nothing.
         fresh: Names of parameters that the checkpoint lacked.
+        experts: In mixtures of experts, a tick in ``each`` expert, or one beside the whole ``block``, which merges
+            where the routing weights of a token sum to one.
+        unshare: Where layers share one block (ALBERT), give each its own copy and its own tick.
         seed: Seed of the ticks' initial values.
 
     Returns:
@@ -110,17 +122,28 @@ def attach(
     """
     if dim < 0 or not 0 <= dropout < 1:
         raise PatchError(f"expected dim >= 0 and dropout in [0, 1), found {dim} and {dropout}")
-    layout = find_layout(model)
-    chosen = select_layers(layers, layout.sizes)
-    has_ticks = dim > 0 and any(chosen.values())
-    plan = Plan(
-        form=choose_form(form, layout),
-        dim=dim if has_ticks else 0,
-        layers=chosen if has_ticks else {},
-        norms=select_norms(norms, norm_layers, layers, layout),
-        head=head_names(model, head, fresh),
-    )
-    return attach_plan(model, plan, dropout=dropout, seed=seed)
+    if experts not in ("each", "block"):
+        raise PatchError(f"there are no ticks for experts={experts!r}", fix="use each or block")
+    _refuse_second(model)
+    shared = unshare_layers(model) if unshare else None
+    try:
+        layout = find_layout(model)
+        chosen = select_layers(layers, layout.sizes)
+        has_ticks = dim > 0 and any(chosen.values())
+        plan = Plan(
+            form=choose_form(form, layout),
+            dim=dim if has_ticks else 0,
+            layers=chosen if has_ticks else {},
+            norms=select_norms(norms, norm_layers, layers, layout),
+            head=head_names(model, head, fresh),
+            experts=experts,
+            unshare=unshare,
+        )
+        return _attach(model, Attachment(plan, layout, shared=shared), dropout, seed)
+    except PatchError:
+        if shared is not None:
+            shared.restore()
+        raise
 
 
 def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int = 42) -> nn.Module:
@@ -129,20 +152,40 @@ def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int
     Raises:
         PatchError: The model has no place for it.
     """
+    _refuse_second(model)
+    shared = unshare_layers(model) if plan.unshare else None
+    try:
+        return _attach(model, Attachment(plan, find_layout(model), shared=shared), dropout, seed)
+    except PatchError:
+        if shared is not None:
+            shared.restore()
+        raise
+
+
+def _refuse_second(model: nn.Module) -> None:
     if attachment_of(model, missing_ok=True):
         raise PatchError("this model has ticks already", fix="call ticktune.detach(model) first")
-    record = Attachment(plan, find_layout(model))
+
+
+def _attach(model: nn.Module, record: Attachment, dropout: float, seed: int) -> nn.Module:
+    plan = record.plan
     _check_plan(model, plan, record.layout)  # before anything is changed, as there is no way back halfway
     record.required_grad = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
 
     generator = torch.Generator().manual_seed(seed)
     for ffn in record.layout.ffns:
-        if plan.dim and ffn.layer in plan.layers.get(ffn.stack, ()):
-            tick = _tick(ffn, plan.dim, plan.form, dropout, generator).train(model.training)
-            ffn.down.tick = tick
-            record.ticks[f"{ffn.stack}.{ffn.layer}"] = tick
-            record.handles += tick.attach(ffn.gate if ffn.gate is not None else ffn.up, ffn.down)
+        if not has_tick(plan, ffn):
+            continue
+        if ffn.experts is not None and plan.experts == "each":
+            experts = ExpertTicks(_tick(ffn, plan, dropout, generator) for _ in range(ffn.count)).train(model.training)
+            ffn.down.tick = record.ticks[ffn.key] = experts
+            record.handles += experts.attach(ffn.down)
+        else:
+            first, last = _ends(ffn)
+            tick = _tick(ffn, plan, dropout, generator).train(model.training)
+            last.tick = record.ticks[ffn.key] = tick
+            record.handles += tick.attach(first, last)
 
     for key in plan.norms:
         norm = record.layout.norms[key]
@@ -169,8 +212,8 @@ def detach(model: nn.Module) -> nn.Module:
     for handle in record.handles:
         handle.remove()
     for ffn in record.layout.ffns:
-        if f"{ffn.stack}.{ffn.layer}" in record.ticks:
-            del ffn.down.tick
+        if ffn.key in record.ticks:
+            del (ffn.down if isinstance(record.ticks[ffn.key], ExpertTicks) else _ends(ffn)[1]).tick
     for key, tensor in record.frozen_norms.items():
         norm_key, _, name = key.rpartition(".")
         setattr(record.norms[norm_key], name, tensor)
@@ -179,6 +222,8 @@ def detach(model: nn.Module) -> nn.Module:
         setattr(owner, leaf, tensor)
     for name in record.required_grad:
         model.get_parameter(name).requires_grad_(True)
+    if record.shared is not None:
+        record.shared.restore()
     delattr(model, _RECORD)
     return model
 
@@ -198,11 +243,13 @@ def attachment_of(model: nn.Module, *, missing_ok: bool = False) -> Any:
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, Role, nn.Parameter]]:
     """Yields (key in the adapter file, role, parameter) of everything that is trained, in a fixed order."""
     record = attachment_of(model)
-    for key, tick in record.ticks.items():
-        for role in ("Q", "r", "U", "P"):
-            parameter = getattr(tick, role)
-            if parameter is not None:
-                yield f"{key}.ffn.{role}", role, parameter
+    for key, ticks in record.ticks.items():
+        each = {f"{key}.{i}": t for i, t in enumerate(ticks)} if isinstance(ticks, ExpertTicks) else {key: ticks}
+        for name, tick in each.items():
+            for role in ("Q", "r", "U", "P"):
+                parameter = getattr(tick, role)
+                if parameter is not None:
+                    yield f"{name}.{role}", role, parameter
     for key, norm in record.norms.items():
         for name in own_parameters(norm):
             yield f"{key}.{name}", "norm", norm.get_parameter(name)
@@ -248,9 +295,11 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
             frozen[id(record.norms[norm_key].get_parameter(name))] = tensor
     ticks = {id(p) for tick in (record.ticks.values() if record else ()) for p in tick.parameters()}
     head = set(record.plan.head) if record else set()
+    shared = record.shared if record else None
+    named = model.named_parameters() if shared is None else shared.named_parameters(model)
     return {
         name: frozen.get(id(parameter), parameter).detach()
-        for name, parameter in model.named_parameters()
+        for name, parameter in named
         if id(parameter) not in ticks and name not in head
     }
 
@@ -329,7 +378,7 @@ def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout)
     return keys
 
 
-def choose_form(form: str, layout: Layout) -> Form:
+def choose_form(form: str, layout: Layout) -> Form | Literal["auto"]:
     """Returns the tick form: ``auto`` follows the model's own blocks.
 
     Raises:
@@ -337,15 +386,30 @@ def choose_form(form: str, layout: Layout) -> Form:
     """
     if form not in ("auto", "plain", "gated"):
         raise PatchError(f"there is no form {form!r} of ticks", fix="use auto, plain or gated")
-    is_gated = layout.ffns[0].is_gated
-    if form == "gated" and not is_gated:
+    kinds = {ffn.is_gated for ffn in layout.ffns}
+    if form == "gated" and kinds != {True}:
         raise PatchError(
-            "gated ticks need gated feed-forward blocks, and this model's are plain",
+            "gated ticks need gated feed-forward blocks, and this model's are "
+            + ("plain" if kinds == {False} else "of both kinds"),
             fix="set ticks.form: auto",
         )
-    if form == "auto":
-        return "gated" if is_gated else "plain"
-    return "plain" if form == "plain" else "gated"
+    if form == "plain" and any(ffn.experts is not None and ffn.is_gated for ffn in layout.ffns):
+        raise PatchError("ticks of gated experts are gated", fix="set ticks.form: auto")
+    if form == "auto" and len(kinds) == 1:
+        return "gated" if kinds == {True} else "plain"
+    return form  # type: ignore[return-value]  # one of the three words
+
+
+def has_tick(plan: Plan, ffn: Ffn) -> bool:
+    """Whether a plan puts ticks on a block."""
+    return plan.dim > 0 and ffn.layer in plan.layers.get(ffn.stack, ())
+
+
+def form_of(plan: Plan, ffn: Ffn) -> Form:
+    """The form of the tick that a plan puts on a block."""
+    if plan.form == "auto":
+        return "gated" if ffn.is_gated else "plain"
+    return plan.form
 
 
 def head_names(model: nn.Module, train: Literal["auto"] | bool, fresh: Iterable[str] = ()) -> list[str]:
@@ -409,26 +473,62 @@ def _has_language_head(model: nn.Module) -> bool:
     return embeddings is not None
 
 
-def _tick(ffn: Ffn, dim: int, form: Form, dropout: float, generator: torch.Generator) -> Tick:
-    # A plain tick on a gated block has r and, once merged, an up bias of 1: it needs no slot to train.
-    bias = form == "plain" and (ffn.has_bias or ffn.is_gated)
-    weight = ffn.up.weight
-    assert isinstance(weight, Tensor)
+def _tick(ffn: Ffn, plan: Plan, dropout: float, generator: torch.Generator) -> Tick:
+    form = form_of(plan, ffn)
     return Tick(
         ffn.hidden_size,
-        dim,
+        plan.dim,
         form=form,
-        bias=bias,
+        # A plain tick has r wherever the merged block can hold it; on a gated block it needs no slot to train.
+        bias=form == "plain" and (ffn.has_bias or ffn.bias_field is not None or ffn.is_gated),
         act=ffn.act,
         base_dropout=ffn.dropout,
         dropout=dropout,
         generator=generator,
-        device=weight.device,
+        device=ffn.device,
     )
+
+
+def _ends(ffn: Ffn) -> tuple[nn.Module, nn.Module]:
+    """The modules that a single tick of a block reads from and adds to."""
+    if ffn.experts is not None:
+        return ffn.experts, ffn.experts
+    return ffn.gate if ffn.gate is not None else ffn.up, ffn.down
+
+
+def _refuse_routing(ffn: Ffn) -> None:
+    """One tick beside a block of experts is the same tick in every expert only if their weights sum to one."""
+    assert ffn.experts is not None
+    if ffn.device.type == "meta":
+        return
+    seen: list[Tensor] = []
+    handle = ffn.down.register_forward_hook(
+        lambda m, args, kwargs, output: seen.append(args[2] if len(args) > 2 else kwargs["top_k_weights"]),
+        with_kwargs=True,
+    )
+    dtype = next(ffn.down.parameters()).dtype
+    x = torch.randn(1, 16, ffn.hidden_size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            ffn.experts(x.to(ffn.device, dtype))
+    finally:
+        handle.remove()
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 0.02
+    sums = seen[0].float().sum(-1) if seen else torch.zeros(1)
+    if float((sums - 1).abs().max()) > tolerance:
+        raise PatchError(
+            f"the routing weights of a token sum to {float(sums.min()):.3g} to {float(sums.max()):.3g}, not to one, "
+            "so one tick beside the experts cannot be merged into them",
+            fix="set ticks.experts: each",
+        )
 
 
 def _check_plan(model: nn.Module, plan: Plan, layout: Layout) -> None:
     choose_form(plan.form, layout)
+    if plan.experts == "block":
+        for ffn in layout.ffns:
+            if ffn.experts is not None and has_tick(plan, ffn):
+                _refuse_routing(ffn)
     select_layers(plan.layers, layout.sizes)
     for key in plan.norms:
         if key not in layout.norms:

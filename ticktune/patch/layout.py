@@ -1,110 +1,173 @@
 """The table: where each family keeps its feed-forward blocks and norms, and which config fields hold the width.
 
 Names are relative: stacks to the model without its head, everything else to one layer. Where a name changed
-between versions of transformers, all of them are listed and the first that exists is used. A new family is
-one row of FAMILIES.
+between versions of transformers, all of them are listed and the first that exists is used. A ``*`` stands for
+every item of a module list. A new family is one row of FAMILIES.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ticktune.errors import PatchError
 
 Names = tuple[str, ...]
+Norms = dict[str, Names]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The feed-forward block of a layer.
+    """A feed-forward block of a layer.
 
     Args:
-        up: The projection into the wide space; with ``fused`` it holds gate and up, gate first.
+        up: The projection into the wide space; with ``fused`` it holds gate and up. Of experts: their module.
         down: The projection back.
-        act: The activation.
+        act: The activation, a module or attribute of the layer; ``=gelu``: that function of transformers.
         gate: The gate's projection, where it is a module of its own.
-        fused: Whether ``up`` holds both gate and up.
+        fused: Which half of a fused ``up`` is the gate.
+        conv: Depthwise convolution between ``up`` and ``act``.
         dropout: Dropout that the block applies to its hidden units.
+        experts: Whether ``up`` is a module of experts, with one three-dimensional weight for all of them.
+        width: Config field of the width, where it differs from the stack's.
+        slot: Tells the blocks of one layer apart; of the shapes with one slot a layer has the first that fits.
     """
 
     up: str
     down: str
     act: str
     gate: str | None = None
-    fused: bool = False
+    fused: Literal["gate first", "up first"] | None = None
+    conv: str | None = None
     dropout: str | None = None
+    experts: bool = False
+    width: str | None = None
+    slot: str = "ffn"
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A row of equal layers.
+    """A row of layers.
 
     Args:
         name: ``encoder`` or ``decoder``; the first part of every tensor's key.
         layers: The module list.
-        ffn: Possible shapes of the feed-forward block.
-        width: Config field of its width.
+        ffn: Possible shapes of the feed-forward blocks.
+        width: Config field of their width; None: the architecture fixes it, so nothing merges.
         norms: Slot -> name of the norm in each layer.
+        bias: Config switch that gives the projections biases where they have none.
         embedding: The norm of the embeddings.
         final: The norm after the last layer.
+        aux: Feed-forward blocks outside the layers that share the width: (module, shape in it). They get no
+            tick, but must grow with the rest.
+        shared: Config fields (number of groups, number of layers) of a family whose layers share a block.
+        partial: Whether some layers have no feed-forward block.
     """
 
     name: str
     layers: Names
     ffn: tuple[Shape, ...]
-    width: str
-    norms: dict[str, Names]
+    width: str | None
+    norms: Norms
+    bias: str | None = None
     embedding: Names = ()
     final: Names = ()
+    aux: tuple[tuple[str, Shape], ...] = ()
+    shared: tuple[str, str] | None = None
+    partial: bool = False
 
 
-_BERT_FFN = Shape("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
-_GLU = Shape("mlp.up_proj", "mlp.down_proj", "mlp.act_fn", gate="mlp.gate_proj")
+# The shapes, about a dozen for all families.
+_BERT = Shape("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
 _FC = Shape("fc1", "fc2", "activation_fn", dropout="activation_dropout")
+_FC_PLAIN = Shape("fc1", "fc2", "activation_fn")
+_MLP_FC = Shape("mlp.fc1", "mlp.fc2", "mlp.activation_fn")
+_MLP_C = Shape("mlp.c_fc", "mlp.c_proj", "mlp.act")
+_MLP_4H = Shape("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act")
+_GLU = Shape("mlp.up_proj", "mlp.down_proj", "mlp.act_fn", gate="mlp.gate_proj")
+_FUSED = Shape("mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn", fused="gate first")
+_WAV = Shape(
+    "feed_forward.intermediate_dense",
+    "feed_forward.output_dense",
+    "feed_forward.intermediate_act_fn",
+    dropout="feed_forward.intermediate_dropout",
+)
 
 
-def _post_norm_encoder() -> tuple[Stack, ...]:
-    return (
-        Stack(
-            "encoder",
-            ("encoder.layer",),
-            (_BERT_FFN,),
-            "intermediate_size",
-            {"attention": ("attention.output.LayerNorm",), "ffn": ("output.LayerNorm",)},
-            embedding=("embeddings.LayerNorm",),
-        ),
-    )
+def _experts(module: str, width: str) -> Shape:
+    return Shape(module, module, f"{module}.act_fn", experts=True, width=width, slot="experts")
 
 
-def _llama_like(ffn: Shape = _GLU, **norms: Names) -> tuple[Stack, ...]:
-    return (
-        Stack(
-            "decoder",
-            ("layers",),
-            (ffn,),
-            "intermediate_size",
-            {"attention": ("input_layernorm",), "ffn": ("post_attention_layernorm",), **norms},
-            final=("norm",),
-        ),
-    )
+def _encoder(
+    ffn: tuple[Shape, ...] = (_BERT,),
+    attention: Names = ("attention.output.LayerNorm",),
+    after: Names = ("output.LayerNorm",),
+    **other: Any,
+) -> tuple[Stack, ...]:
+    """BERT and its kin: the norms follow attention and feed-forward block."""
+    norms = {"attention": attention, "ffn": after}
+    row: dict[str, Any] = {"layers": ("encoder.layer",), "width": "intermediate_size"}
+    return (Stack(name="encoder", ffn=ffn, norms=norms, **{**row, "embedding": ("embeddings.LayerNorm",), **other}),)
+
+
+def _vision(*ffn: Shape, **other: Any) -> tuple[Stack, ...]:
+    """ViT and its kin: the norms stand before attention and feed-forward block."""
+    row: dict[str, Any] = {
+        "name": "encoder",
+        "layers": ("layers", "encoder.layer"),
+        "ffn": ffn or (_MLP_FC, _BERT),
+        "width": "intermediate_size",
+        "norms": {"attention": ("layernorm_before",), "ffn": ("layernorm_after",)},
+        "final": ("layernorm",),
+    }
+    return (Stack(**{**row, **other}),)
+
+
+def _tower(**other: Any) -> tuple[Stack, ...]:
+    """A text or vision tower of CLIP and its kin."""
+    norms: Norms = {"attention": ("layer_norm1",), "ffn": ("layer_norm2",)}
+    return (Stack("encoder", ("encoder.layers",), (_MLP_FC,), "intermediate_size", norms, **other),)
+
+
+def _decoder(
+    *ffn: Shape,
+    layers: Names = ("layers",),
+    attention: str = "input_layernorm",
+    second: str = "post_attention_layernorm",
+    final: str = "norm",
+    width: str | None = "intermediate_size",
+    bias: str | None = None,
+    norms: Norms | None = None,
+) -> tuple[Stack, ...]:
+    """Llama and its kin; also GPT-2 and its kin under other names."""
+    slots = {"attention": (attention,), "ffn": (second,), **(norms or {})}
+    return (Stack("decoder", layers, ffn or (_GLU,), width, slots, bias=bias, final=(final,)),)
+
+
+def _gemma(norms: Norms | None = None) -> tuple[Stack, ...]:
+    around: Norms = {
+        "attention_post": ("post_attention_layernorm",),
+        "ffn_post": ("post_feedforward_layernorm",),
+        **(norms or {}),
+    }
+    return _decoder(second="pre_feedforward_layernorm", norms=around)
+
+
+def _gpt(ffn: Shape, width: str) -> tuple[Stack, ...]:
+    return _decoder(ffn, layers=("h",), attention="ln_1", second="ln_2", final="ln_f", width=width)
 
 
 def _t5_stack(name: str, ffn_at: int, **norms: Names) -> Stack:
     block = f"layer.{ffn_at}.DenseReluDense"
+    act, dropout = f"{block}.act", f"{block}.dropout"
     return Stack(
         name,
         (f"{name}.block",),
         (
-            Shape(f"{block}.wi", f"{block}.wo", f"{block}.act", dropout=f"{block}.dropout"),
-            Shape(
-                f"{block}.wi_1",
-                f"{block}.wo",
-                f"{block}.act",
-                gate=f"{block}.wi_0",
-                dropout=f"{block}.dropout",
-            ),
+            Shape(f"{block}.wi", f"{block}.wo", act, dropout=dropout),
+            Shape(f"{block}.wi_1", f"{block}.wo", act, gate=f"{block}.wi_0", dropout=dropout),
         ),
         "d_ff",
         {"attention": ("layer.0.layer_norm",), **norms, "ffn": (f"layer.{ffn_at}.layer_norm",)},
@@ -112,70 +175,181 @@ def _t5_stack(name: str, ffn_at: int, **norms: Names) -> Stack:
     )
 
 
-def _bart_stack(name: str, **norms: Names) -> Stack:
-    return Stack(
-        name,
-        (f"{name}.layers",),
-        (_FC,),
-        f"{name}_ffn_dim",
-        {"attention": ("self_attn_layer_norm",), **norms, "ffn": ("final_layer_norm",)},
-        embedding=(f"{name}.layernorm_embedding",),
-        final=(f"{name}.layer_norm",),
-    )
+def _t5() -> tuple[Stack, ...]:
+    return (_t5_stack("encoder", 1), _t5_stack("decoder", 2, cross_attention=("layer.1.layer_norm",)))
 
+
+def _bart(ffn: Shape = _FC) -> tuple[Stack, ...]:
+    """BART and its kin, Whisper and DETR too: two stacks with a width of their own."""
+    stacks = []
+    for name, cross in (("encoder", {}), ("decoder", {"cross_attention": ("encoder_attn_layer_norm",)})):
+        norms: Norms = {"attention": ("self_attn_layer_norm",), **cross, "ffn": ("final_layer_norm",)}
+        stacks.append(
+            Stack(
+                name,
+                (f"{name}.layers",),
+                (ffn,),
+                f"{name}_ffn_dim",
+                norms,
+                embedding=(f"{name}.layernorm_embedding",),
+                final=(f"{name}.layer_norm", f"{name}.layernorm"),
+            )
+        )
+    return tuple(stacks)
+
+
+def _wav() -> tuple[Stack, ...]:
+    norms: Norms = {"attention": ("layer_norm",), "ffn": ("final_layer_norm",)}
+    final: Names = ("encoder.layer_norm",)
+    return (Stack("encoder", ("encoder.layers",), (_WAV,), "intermediate_size", norms, final=final),)
+
+
+_QK: Norms = {"q": ("self_attn.q_norm",), "k": ("self_attn.k_norm",)}
+_SEGFORMER_STAGES = {
+    "layers": ("stages.*.blocks", "encoder.block.*"),
+    "norms": {"attention": ("layernorm_before", "layer_norm_1"), "ffn": ("layernorm_after", "layer_norm_2")},
+    "final": (),
+}
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
-    "bert": _post_norm_encoder(),
-    "roberta": _post_norm_encoder(),
-    "distilbert": (
-        Stack(
-            "encoder",
-            ("transformer.layer",),
-            (Shape("ffn.lin1", "ffn.lin2", "ffn.activation"),),
-            "hidden_dim",
-            {"attention": ("sa_layer_norm",), "ffn": ("output_layer_norm",)},
-            embedding=("embeddings.LayerNorm",),
-        ),
+    # Encoders of text
+    "bert": _encoder(),
+    "roberta": _encoder(),
+    "xlm-roberta": _encoder(),
+    "camembert": _encoder(),
+    "electra": _encoder(),
+    "deberta-v2": _encoder(),
+    "mpnet": _encoder(attention=("attention.LayerNorm",)),
+    "distilbert": _encoder(
+        (Shape("ffn.lin1", "ffn.lin2", "ffn.activation"),),
+        ("sa_layer_norm",),
+        ("output_layer_norm",),
+        layers=("transformer.layer",),
+        width="hidden_dim",
     ),
-    "gpt2": (
-        Stack(
-            "decoder",
-            ("h",),
-            (Shape("mlp.c_fc", "mlp.c_proj", "mlp.act"),),
-            "n_inner",
-            {"attention": ("ln_1",), "ffn": ("ln_2",)},
-            final=("ln_f",),
-        ),
+    "albert": _encoder(
+        (Shape("ffn", "ffn_output", "activation"),),
+        ("attention.LayerNorm",),
+        ("full_layer_layer_norm",),
+        layers=("encoder.albert_layer_groups.*.albert_layers",),
+        shared=("num_hidden_groups", "num_hidden_layers"),
     ),
-    "opt": (
-        Stack(
-            "decoder",
-            ("decoder.layers",),
-            (Shape("fc1", "fc2", "activation_fn"),),
-            "ffn_dim",
-            {"attention": ("self_attn_layer_norm",), "ffn": ("final_layer_norm",)},
-            final=("decoder.final_layer_norm",),
-        ),
+    "modernbert": _encoder(
+        (Shape("mlp.Wi", "mlp.Wo", "mlp.act", fused="gate first", dropout="mlp.drop"),),
+        ("attn_norm",),
+        ("mlp_norm",),
+        layers=("layers",),
+        bias="mlp_bias",
+        embedding=("embeddings.norm",),
+        final=("final_norm",),
     ),
-    "llama": _llama_like(),
-    "mistral": _llama_like(),
-    "gemma": _llama_like(),
-    "qwen2": _llama_like(),
-    "qwen3": _llama_like(q=("self_attn.q_norm",), k=("self_attn.k_norm",)),
-    "phi3": _llama_like(Shape("mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn", fused=True)),
-    "t5": (_t5_stack("encoder", 1), _t5_stack("decoder", 2, cross_attention=("layer.1.layer_norm",))),
-    "bart": (_bart_stack("encoder"), _bart_stack("decoder", cross_attention=("encoder_attn_layer_norm",))),
-    "vit": (
-        Stack(
-            "encoder",
-            ("layers", "encoder.layer"),
-            (Shape("mlp.fc1", "mlp.fc2", "mlp.activation_fn"), _BERT_FFN),
-            "intermediate_size",
-            {"attention": ("layernorm_before",), "ffn": ("layernorm_after",)},
-            final=("layernorm",),
-        ),
+    # Decoders with plain blocks
+    "gpt2": _gpt(_MLP_C, "n_inner"),
+    "gpt_neo": _gpt(_MLP_C, "intermediate_size"),
+    "gptj": _gpt(Shape("mlp.fc_in", "mlp.fc_out", "mlp.act"), "n_inner"),
+    "gpt_neox": _decoder(_MLP_4H, final="final_layer_norm"),
+    "opt": _decoder(
+        _FC_PLAIN,
+        layers=("decoder.layers",),
+        attention="self_attn_layer_norm",
+        second="final_layer_norm",
+        final="decoder.final_layer_norm",
+        width="ffn_dim",
+        bias="enable_bias",
     ),
+    "bloom": _decoder(
+        Shape("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl"), layers=("h",), final="ln_f", width=None
+    ),
+    "falcon": _decoder(_MLP_4H, layers=("h",), final="ln_f", width="ffn_hidden_size", bias="bias"),
+    "phi": _decoder(_MLP_FC, final="final_layernorm"),
+    "starcoder2": _decoder(_MLP_C, bias="use_bias"),
+    # Decoders with gated blocks
+    "llama": _decoder(bias="mlp_bias"),
+    "mistral": _decoder(),
+    "qwen2": _decoder(),
+    "qwen3": _decoder(norms=_QK),
+    "phi3": _decoder(_FUSED),
+    "gemma": _decoder(),
+    "gemma2": _gemma(),
+    "gemma3_text": _gemma(_QK),
+    "smollm3": _decoder(bias="mlp_bias"),
+    "granite": _decoder(bias="mlp_bias"),
+    "olmo2": _decoder(attention="post_attention_layernorm", second="post_feedforward_layernorm", norms=_QK),
+    # Mixtures of experts
+    "mixtral": _decoder(_experts("mlp.experts", "intermediate_size")),
+    "qwen3_moe": _decoder(_experts("mlp.experts", "moe_intermediate_size"), _GLU, norms=_QK),
+    "qwen2_moe": _decoder(
+        _experts("mlp.experts", "moe_intermediate_size"),
+        replace(
+            _GLU,
+            up="mlp.shared_expert.up_proj",
+            down="mlp.shared_expert.down_proj",
+            act="mlp.shared_expert.act_fn",
+            gate="mlp.shared_expert.gate_proj",
+            width="shared_expert_intermediate_size",
+        ),
+        _GLU,
+    ),
+    # Encoders with decoders
+    "t5": _t5(),
+    "mt5": _t5(),
+    "bart": _bart(),
+    "mbart": _bart(),
+    "marian": _bart(),
+    "pegasus": _bart(),
+    "m2m_100": _bart(),
+    # Images
+    "vit": _vision(),
+    "deit": _vision(),
+    "beit": _vision(),
+    "yolos": _vision(_BERT),
+    "dinov2": _vision(
+        _MLP_FC,
+        replace(_GLU, act="mlp.activation_fn"),
+        replace(_GLU, act="=silu"),
+        Shape("mlp.weights_in", "mlp.weights_out", "=silu", fused="gate first"),
+        layers=("encoder.layer",),
+        width="mlp_ratio",
+        norms={"attention": ("norm1",), "ffn": ("norm2",)},
+    ),
+    "swin": _vision(
+        Shape("mlp.fc1", "mlp.fc2", "mlp.activation_fn"),
+        Shape("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"),
+        layers=("encoder.layers.*.blocks",),
+        width="mlp_ratio",
+        embedding=("embeddings.norm",),
+    ),
+    "segformer": _vision(
+        replace(_MLP_FC, conv="mlp.dwconv.dwconv", dropout="mlp.dropout"),
+        Shape(
+            "mlp.dense1",
+            "mlp.dense2",
+            "mlp.intermediate_act_fn",
+            conv="mlp.dwconv.dwconv",
+            dropout="mlp.dropout",
+        ),
+        width="mlp_ratios",
+        **_SEGFORMER_STAGES,
+    ),
+    "detr": _bart(replace(_MLP_FC, dropout="mlp.activation_dropout")),
+    "clip_vision_model": _tower(embedding=("pre_layrnorm",), final=("post_layernorm",)),
+    "clip_text_model": _tower(final=("final_layer_norm",)),
+    "siglip_vision_model": _tower(
+        final=("post_layernorm",),
+        aux=(("head", replace(_FC_PLAIN, up="mlp.fc1", down="mlp.fc2", act="mlp.activation_fn")),),
+    ),
+    "siglip_text_model": _tower(final=("final_layer_norm",)),
+    # Sound
+    "wav2vec2": _wav(),
+    "hubert": _wav(),
+    "wavlm": _wav(),
+    "whisper": _bart(),
+    "audio-spectrogram-transformer": _vision(),
 }
+
+
+AS_LLAMA = ("mistral", "qwen2", "phi3")
+"""Families that are a Llama under another name, with other switches."""
 
 
 @dataclass(eq=False)
@@ -185,27 +359,44 @@ class Ffn:
     Args:
         stack: Name of its stack.
         layer: Number of its layer, from 0.
-        up: Projection in; fused with the gate when ``fused``.
+        slot: Which of the layer's blocks it is.
+        up: Projection in; fused with the gate when ``fused``. Of experts: their module, as ``down``.
         down: Projection out.
         gate: The gate's own projection, or None.
-        fused: Whether ``up`` holds gate and up, gate first.
+        fused: Which half of ``up`` is the gate.
+        conv: Depthwise convolution behind ``up``, or None.
         act: The activation.
         dropout: Module and attribute of the dropout on the hidden units, or None.
+        experts: The module that routes tokens to the experts, where this is a block of experts.
+        width_field: Config field of the width, dotted from the model's config; None: fixed.
+        bias_field: Config switch that gives the projections biases.
     """
 
     stack: str
     layer: int
+    slot: str
     up: nn.Module
     down: nn.Module
     gate: nn.Module | None
-    fused: bool
+    fused: Literal["gate first", "up first"] | None
+    conv: nn.Module | None
     act: Callable[[Tensor], Tensor]
     dropout: tuple[nn.Module, str] | None
+    experts: nn.Module | None
+    width_field: str | None
+    bias_field: str | None
+
+    @property
+    def key(self) -> str:
+        """Prefix of its tick's tensors in an adapter."""
+        return f"{self.stack}.{self.layer}.{self.slot}"
 
     @property
     def is_gated(self) -> bool:
         """Whether the block is down(σ(gate x) ⊙ up x)."""
-        return self.fused or self.gate is not None
+        if self.experts is not None:
+            return hasattr(self.up, "gate_up_proj")
+        return self.fused is not None or self.gate is not None
 
     @property
     def has_bias(self) -> bool:
@@ -215,12 +406,27 @@ class Ffn:
     @property
     def hidden_size(self) -> int:
         """Size of the block's input and output."""
-        return projection_size(self.up)[0]
+        return self._experts_shape[1] if self.experts is not None else projection_size(self.down)[1]
 
     @property
     def width(self) -> int:
         """Number of hidden units."""
-        return projection_size(self.down)[0]
+        return self._experts_shape[2] if self.experts is not None else projection_size(self.down)[0]
+
+    @property
+    def count(self) -> int:
+        """Number of experts; 1 for a block without."""
+        return self._experts_shape[0] if self.experts is not None else 1
+
+    @property
+    def _experts_shape(self) -> tuple[int, int, int]:
+        experts, hidden, width = self.down.get_parameter("down_proj").shape
+        return experts, hidden, width
+
+    @property
+    def device(self) -> Any:
+        """Where its weights are."""
+        return next(self.down.parameters()).device
 
 
 @dataclass
@@ -230,60 +436,117 @@ class Layout:
     Args:
         stacks: Stack name -> its row, in order.
         sizes: Stack name -> number of layers.
-        ffns: All feed-forward blocks, in order.
+        ffns: All feed-forward blocks that can have a tick, in order.
+        aux: Blocks that only grow with the others.
         norms: ``stack.layer.norm.slot``, or ``stack.norm.embedding|final`` -> module.
+        notes: What a person should know: which families were found by proof.
+        model_type: The family of the outermost model.
     """
 
-    stacks: dict[str, Stack]
+    stacks: dict[str, Stack] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     ffns: list[Ffn] = field(default_factory=list)
+    aux: list[Ffn] = field(default_factory=list)
     norms: dict[str, nn.Module] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    model_type: str = ""
 
 
-def find_layout(model: nn.Module) -> Layout:
-    """Finds a model's feed-forward blocks and norms.
+@dataclass
+class Body:
+    """A model, or one inside another, that has a config of its own.
 
     Args:
-        model: A transformers model, with or without head.
+        model: The module.
+        config: Its config.
+        path: Where the config stands in the outermost one, dotted; empty for that one itself, None if nowhere.
+        name: What its stacks are called after, empty for the outermost.
+    """
+
+    model: nn.Module
+    config: Any
+    path: str | None
+    name: str
+
+    @property
+    def model_type(self) -> str:
+        """The family's name in transformers."""
+        return str(self.config.model_type)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model without its head."""
+        found: nn.Module = getattr(self.model, "base_model", self.model)
+        return found
+
+    def field(self, name: str | None) -> str | None:
+        """A config field of this body, dotted from the outermost config."""
+        if name is None or self.path is None:
+            return None
+        return f"{self.path}.{name}" if self.path else name
+
+
+def find_bodies(model: nn.Module) -> list[Body]:
+    """Returns the model and the models of other families inside it: towers, backbones, encoders.
 
     Raises:
-        PatchError: The family has no row, or the model does not look as its row says.
+        PatchError: It is no transformers model.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
-        raise PatchError(
-            f"no feed-forward blocks are known for the model type {model_type!r}",
-            fix=f"use one of: {', '.join(FAMILIES)}",
-        )
-    body: nn.Module = getattr(model, "base_model", model)
-    layout = Layout(stacks={})
-    for stack in FAMILIES[model_type]:
-        layers = _first(body, stack.layers)
-        if layers is None:
-            continue  # an encoder-only use of an encoder-decoder family
-        layout.stacks[stack.name] = stack
-        layout.sizes[stack.name] = len(layers)
+    config = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        raise PatchError(f"a {type(model).__name__} has no config, so it is no transformers model")
+    outermost = Body(model, config, "", "")
+    return [outermost, *_bodies_inside(outermost)]
+
+
+def add_stacks(layout: Layout, body: Body, stacks: tuple[Stack, ...]) -> None:
+    """Finds what rows say in a model and adds it to a layout.
+
+    Args:
+        layout: Grows.
+        body: The model.
+        stacks: Its rows.
+
+    Raises:
+        PatchError: The model does not look as its rows say.
+    """
+    found = [(stack, layers) for stack in stacks if (layers := _layers(body.module, stack.layers))]
+    for stack, layers in found:
+        name = stack.name if not body.name else body.name if len(found) == 1 else f"{body.name}_{stack.name}"
+        while name in layout.stacks:
+            name += "_"
+        layout.stacks[name] = stack
+        layout.sizes[name] = len(layers)
         for number, layer in enumerate(layers):
-            layout.ffns.append(_ffn(stack, number, layer, model_type))
+            blocks = list(_ffns(stack, name, number, layer, body))
+            if not blocks and not stack.partial:
+                raise PatchError(
+                    f"layer {number} of the {body.model_type} {name} ({type(layer).__name__}) has no known "
+                    "feed-forward block"
+                )
+            layout.ffns += blocks
             for slot, names in stack.norms.items():
                 norm = _first(layer, names)
-                if norm is not None:
-                    layout.norms[f"{stack.name}.{number}.norm.{slot}"] = norm
+                if norm is not None and any(True for _ in norm.parameters(recurse=False)):
+                    layout.norms[f"{name}.{number}.norm.{slot}"] = norm
         for slot, names in (("embedding", stack.embedding), ("final", stack.final)):
-            norm = _first(body, names)
-            if norm is not None:
-                layout.norms[f"{stack.name}.norm.{slot}"] = norm
-    if not layout.ffns:
-        raise PatchError(f"this {type(model).__name__} has none of the layers of a {model_type} model")
-    return layout
+            norm = _first(body.module, names)
+            if norm is not None and any(True for _ in norm.parameters(recurse=False)):
+                layout.norms[f"{name}.norm.{slot}"] = norm
+        for path, shape in stack.aux:
+            owner = _find(body.module, path)
+            block = None if owner is None else _ffn(replace(shape, slot="aux"), name, -1, owner, body, stack)
+            if block is not None:
+                layout.aux.append(block)
 
 
 def projection_size(module: nn.Module) -> tuple[int, int]:
     """Returns (inputs, outputs) of a linear projection, ``nn.Linear`` or GPT-2's ``Conv1D``."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (rows, columns) if is_conv1d(module) else (columns, rows)
+    if is_conv1d(module):
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return int(rows), int(columns)
+    # Not the weight's shape: a quantised weight is packed.
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -299,31 +562,180 @@ def config_of(config: Any, dotted: str) -> tuple[Any, str]:
     return config, name
 
 
-def _ffn(stack: Stack, number: int, layer: nn.Module, model_type: str) -> Ffn:
-    for shape in stack.ffn:
-        up, down = _find(layer, shape.up), _find(layer, shape.down)
-        gate = _find(layer, shape.gate) if shape.gate else None
-        act = _attribute(layer, shape.act)
-        if up is None or down is None or act is None or (shape.gate and gate is None):
+@dataclass(eq=False)
+class Shared:
+    """Blocks that layers shared before each got its own copy.
+
+    Args:
+        owner: The module that holds the list of blocks.
+        leaf: The list's name in it.
+        path: The list's name in the model.
+        blocks: The list as it was.
+        config: The model's config.
+        field: Its field for the number of blocks.
+    """
+
+    owner: nn.Module
+    leaf: str
+    path: str
+    blocks: nn.ModuleList
+    config: Any
+    field: str
+
+    def restore(self) -> None:
+        """Lets the layers share their blocks again."""
+        setattr(self.owner, self.leaf, self.blocks)
+        setattr(self.config, self.field, len(self.blocks))
+
+    def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of the model as they were."""
+        inside = f"{self.path}."
+        yield from ((n, p) for n, p in model.named_parameters() if not n.startswith(inside))
+        yield from ((inside + n, p) for n, p in self.blocks.named_parameters())
+
+
+def unshare_layers(model: nn.Module) -> Shared:
+    """Gives every layer its own copy of a block that layers share, in place; the function stays the same.
+
+    Returns:
+        What undoes it.
+
+    Raises:
+        PatchError: The family shares nothing.
+    """
+    body = find_bodies(model)[0]
+    stack = next((s for s in FAMILIES.get(body.model_type, ()) if s.shared is not None), None)
+    if stack is None or stack.shared is None:
+        raise PatchError(f"the layers of a {body.model_type} model share no block", fix="leave ticks.unshare at false")
+    groups_field, layers_field = stack.shared
+    path = stack.layers[0].partition(".*")[0]
+    blocks, count = body.module.get_submodule(path), getattr(body.config, layers_field)
+    assert isinstance(blocks, nn.ModuleList)
+    # The model's own rule: layer i uses block int(i / (layers / blocks)).
+    used = [int(i / (count / len(blocks))) for i in range(count)]
+    own = [blocks[b] if i == used.index(b) else copy.deepcopy(blocks[b]) for i, b in enumerate(used)]
+    owner_path, _, leaf = path.rpartition(".")
+    owner = body.module.get_submodule(owner_path)
+    prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is body.module)
+    shared = Shared(owner, leaf, prefix + path, blocks, body.config, groups_field)
+    setattr(owner, leaf, nn.ModuleList(own))
+    setattr(body.config, groups_field, count)
+    return shared
+
+
+def _bodies_inside(outer: Body) -> Iterator[Body]:
+    from transformers import PreTrainedModel
+
+    seen: list[str] = []
+    names: set[str] = set()
+    for path, module in outer.model.named_modules():
+        if not path or any(path.startswith(f"{inner}.") for inner in seen) or not isinstance(module, PreTrainedModel):
             continue
-        dropout = None
-        if shape.dropout:
-            owner, _, name = shape.dropout.rpartition(".")
-            dropout = (layer.get_submodule(owner), name)
-        return Ffn(stack.name, number, up, down, gate, shape.fused, act, dropout)
-    raise PatchError(
-        f"layer {number} of the {model_type} {stack.name} ({type(layer).__name__}) has no known feed-forward block"
+        if module.config.model_type == outer.model_type:
+            continue
+        seen.append(path)
+        where = _config_path(outer.config, module.config, path)
+        short = (where or path).rsplit(".", 1)[-1].removesuffix("_config")
+        name = f"{outer.name}_{short}" if outer.name else short
+        while name in names:
+            name += "_"
+        names.add(name)
+        inner = Body(module, module.config, None if where is None else outer.field(where), name)
+        yield inner
+        yield from _bodies_inside(inner)
+
+
+def _config_path(config: Any, wanted: Any, module_path: str) -> str | None:
+    nested = {k: v for k, v in vars(config).items() if getattr(v, "model_type", None) == wanted.model_type}
+    same = [k for k, v in nested.items() if v is wanted] or list(nested)
+    if len(same) > 1:
+        parts = module_path.split(".")
+        same = [k for k in same if k.removesuffix("_config") in parts] or same
+    return same[0] if same else None
+
+
+def _ffns(stack: Stack, name: str, number: int, layer: nn.Module, body: Body) -> Iterator[Ffn]:
+    slots: set[str] = set()
+    for shape in stack.ffn:
+        if shape.slot not in slots and (found := _ffn(shape, name, number, layer, body, stack)) is not None:
+            slots.add(shape.slot)
+            yield found
+
+
+def _ffn(shape: Shape, name: str, number: int, layer: nn.Module, body: Body, stack: Stack) -> Ffn | None:
+    up, down, act = _find(layer, shape.up), _find(layer, shape.down), _activation(layer, shape.act)
+    gate = _find(layer, shape.gate) if shape.gate else None
+    conv = _find(layer, shape.conv) if shape.conv else None
+    if up is None or down is None or act is None or (shape.gate and gate is None) or (shape.conv and conv is None):
+        return None
+    experts = None
+    if shape.experts:
+        if not any(p.ndim == 3 for p in up.parameters(recurse=False)):
+            return None
+        experts = _find(layer, shape.up.rpartition(".")[0])
+    dropout = None
+    if shape.dropout:
+        owner, _, leaf = shape.dropout.rpartition(".")
+        dropout = (layer.get_submodule(owner), leaf)
+    return Ffn(
+        name,
+        number,
+        shape.slot,
+        up,
+        down,
+        gate,
+        shape.fused,
+        conv,
+        act,
+        dropout,
+        experts,
+        body.field(shape.width or stack.width),
+        body.field(stack.bias) if stack.bias and getattr(body.config, stack.bias, None) is False else None,
     )
 
 
+def _activation(layer: nn.Module, name: str) -> Any:
+    if not name.startswith("="):
+        return _attribute(layer, name)
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name[1:]]
+
+
+def _layers(body: nn.Module, names: Names) -> list[nn.Module]:
+    for name in names:
+        found = list(_expand(body, name))
+        if found:
+            return found
+    return []
+
+
+def _expand(module: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The items of the list that a name with stars means."""
+    head, star, rest = name.partition(".*")
+    found = _find(module, head)
+    if not isinstance(found, nn.ModuleList | nn.Sequential):
+        return
+    if not star:
+        yield from found
+    for item in found if star else ():
+        if rest:
+            yield from _expand(item, rest.removeprefix("."))
+        elif isinstance(item, nn.ModuleList | nn.Sequential):
+            yield from item
+
+
 def _find(module: nn.Module, name: str) -> nn.Module | None:
-    found = _attribute(module, name)
+    found = _attribute(module, name) if name else module
     return found if isinstance(found, nn.Module) else None
 
 
 def _attribute(module: Any, name: str) -> Any:
     for part in name.split("."):
-        module = module[int(part)] if part.isdigit() and int(part) < len(module) else getattr(module, part, None)
+        if part.isdigit() and isinstance(module, nn.ModuleList | nn.Sequential):
+            module = module[int(part)] if int(part) < len(module) else None
+        else:
+            module = getattr(module, part, None)
         if module is None:
             return None
     return module

@@ -121,11 +121,14 @@ class Tick(nn.Module):
 
     def attach(self, up: nn.Module, down: nn.Module) -> list[Any]:
         """Hooks the tick between ``up`` and ``down``; returns the handles that undo it."""
-        return [up.register_forward_pre_hook(self._capture), down.register_forward_hook(self._add)]
+        return [
+            up.register_forward_pre_hook(self._capture, with_kwargs=True),
+            down.register_forward_hook(self._add),
+        ]
 
     # Bound methods, not closures: a deep copy of the model then calls the copied tick.
-    def _capture(self, up: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._input = args[0]
+    def _capture(self, up: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        self._input = args[0] if args else next(iter(kwargs.values()))
 
     def _add(self, down: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x, self._input = self._input, None
@@ -140,3 +143,28 @@ class Tick(nn.Module):
             p = own.p if isinstance(own, nn.Dropout) else own
             hidden = F.dropout(hidden, p, training=owner.training)
         return F.dropout(hidden, self.dropout, training=self.training)
+
+
+class ExpertTicks(nn.ModuleList):
+    """A tick beside each expert of a block that routes tokens to experts.
+
+    A token's experts add up with the routing weights, and so do their ticks: Σ_e w_e (FFN_e(x) + tick_e(x)).
+
+    Args:
+        ticks: One :class:`Tick` for each expert, in order.
+    """
+
+    def attach(self, experts: nn.Module) -> list[Any]:
+        """Hooks the ticks on the module that computes the routed experts; returns the handles that undo it."""
+        return [experts.register_forward_hook(self._add, with_kwargs=True)]
+
+    def _add(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        x, index, weights = (*args, *(kwargs[name] for name in names[len(args) :]))[:3]
+        added = torch.zeros_like(output)
+        for number, tick in enumerate(self):
+            rows, place = torch.where(index == number)
+            if len(rows):
+                share = tick(x[rows]) * weights[rows, place, None]
+                added = added.index_add(0, rows, share.to(added.dtype))
+        return output + added

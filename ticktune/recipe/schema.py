@@ -154,6 +154,12 @@ class Ticks(Section):
     gated ones; this always merges where the architecture allows it."""
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """Dropout on the tick's hidden units while training."""
+    experts: Literal["each", "block"] = "each"
+    """Mixtures of experts. each: a tick in every expert, routed like it. block: one tick beside all of them; it
+    merges where a token's routing weights sum to one, and is refused where they do not."""
+    unshare: bool = False
+    """Where layers share one block (ALBERT): give each layer its own copy, so that each gets its own tick. The
+    merged file then holds as many blocks as layers; false: one shared tick."""
 
 
 class Norms(Section):
