@@ -65,6 +65,8 @@ def merge_obstacle(layout: Layout, plan: Plan) -> str:
     for ffn in layout.ffns:
         if not has_tick(plan, ffn):
             continue
+        if ffn.width_field is None and ffn.obstacle:
+            return f"no config field widens only the feed-forward blocks of the {ffn.stack}: {ffn.obstacle}"
         if ffn.width_field is None:
             return (
                 f"the architecture fixes the width of its feed-forward blocks ({ffn.stack}: {ffn.width} beside "

@@ -6,6 +6,7 @@ found like any other; what does not hold numerically is refused.
 """
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -44,6 +45,8 @@ from ticktune.patch.shrink import small_models
 _QUERY_OR_KEY = re.compile(r"(^|[._])(q|k|query|key)(_?(layer_?)?norm|_ln)", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec", re.IGNORECASE)
 
+_MOST_SECONDS = 15  # after which no other small model is tried
+
 Families = Mapping[str, tuple[Stack, ...]]
 
 
@@ -69,6 +72,8 @@ def find_layout(model: nn.Module, *, families: Families = FAMILIES) -> Layout:
             add_stacks(layout, body, stacks)
             continue
         found = detect(body.model)
+        if not found.stacks and body is not bodies[0]:
+            found = _detect_inside(bodies[0], body) or found
         if not found.stacks:
             reasons.append(f"{body.model_type}: {found.reason}")
             continue
@@ -103,43 +108,70 @@ def detect(model: nn.Module) -> Detected:
     Args:
         model: A transformers model; its weights are not touched.
     """
+    return _safely(model, "")
+
+
+def _detect_inside(outer: Body, body: Body) -> Detected | None:
+    """Finds the rows of an inner model in a run of the outer one, which knows what inputs it wants."""
+    path = next(name for name, module in outer.model.named_modules() if module is body.model)
+    found = _safely(outer.model, path)
+    return found if found.stacks else None
+
+
+def _safely(model: nn.Module, path: str) -> Detected:
     config: Any = model.config
     with torch.random.fork_rng(devices=[]):
         try:
-            return _detect(_Key(type(model), config.to_json_string(use_diff=False), config))
+            return _detect(_Key(type(model), config.to_json_string(use_diff=False), path, config))
         except Exception as error:  # noqa: BLE001 - any class of any version may stand here, and the reason is reported
             return Detected(reason=f"its detection failed ({type(error).__name__}: {first_line(error)})")
 
 
 @dataclass(frozen=True)
 class _Key:
-    """What detection depends on."""
+    """What detection depends on; ``path`` names the inner model that is asked for, if one is."""
 
     cls: type[nn.Module]
     entries: str
+    path: str
     config: Any = field(compare=False, repr=False)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def _detect(key: _Key) -> Detected:
-    found: tuple[list[Block], Trace, nn.Module] | None = None
     try:
-        for small in small_models(key.cls, key.config):
-            blocks, trace = prove_blocks(small)
-            if found is None or len(blocks) > len(found[0]) or not trace.reason:
-                found = blocks, trace, small
-            if not trace.failed:
-                break  # it ran to its end, so another one would show no more
+        blocks, trace, small = _prove(key)
     except ValueError as error:
         return Detected(reason=f"a small model of its class cannot be built ({first_line(error)})")
-    assert found is not None
-    blocks, trace, small = found
+    if key.path:
+        prefix = f"{key.path}."
+        blocks = [block.within(prefix) for block in blocks if block.up.startswith(prefix)]
+        trace, small = trace.within(prefix), small.get_submodule(key.path)
     if not blocks:
         return Detected(reason=trace.reason)
     stacks = _Rows(small, blocks, trace).build()
     if not stacks:
         return Detected(reason="what looks like feed-forward blocks stands outside of any list of layers")
     return Detected(stacks)
+
+
+def _prove(key: _Key) -> tuple[list[Block], Trace, nn.Module]:
+    """The small model that shows most.
+
+    Raises:
+        ValueError: None can be built.
+    """
+    start = time.monotonic()
+    found: tuple[list[Block], Trace, nn.Module] | None = None
+    for small in small_models(key.cls, key.config):
+        blocks, trace = prove_blocks(small)
+        if found is None or len(blocks) > len(found[0]) or not trace.failed:
+            found = blocks, trace, small
+        # One that ran to its end shows all there is to see.
+        if not trace.failed or time.monotonic() - start > _MOST_SECONDS:
+            break
+    assert found is not None  # or small_models would have raised
+    return found
 
 
 class _Rows:
@@ -158,7 +190,8 @@ class _Rows:
         self._prefix = names[id(body.module)]
         inside = tuple(names[id(other.model)] for other in inner)
         self._blocks = [b for b in blocks if not b.up.startswith(inside)]
-        self._fields = width_fields(model, blocks)
+        widths = width_fields(model, blocks)
+        self._fields, self._obstacles = widths.fields, widths.obstacles
         self._bias = bias_field(model, self._blocks)
 
     def build(self) -> tuple[Stack, ...]:
@@ -177,7 +210,18 @@ class _Rows:
             while row.name in [other.name for other in rows]:
                 row = replace(row, name=f"{row.name}_")
             rows.append(row)
-        return tuple(rows)
+        return (*rows, *self._between(aux))
+
+    def _between(self, aux: list[Block]) -> tuple[Stack, ...]:
+        """Rows without layers: blocks between inner models that have the width of one of these."""
+        driven: dict[str, list[tuple[str, Shape]]] = {}
+        for block in aux:
+            width = self._fields.get(block.down, "")
+            if "." in width:
+                owner = common_parent(block.names)
+                shape = _shape(block, owner, "ffn")
+                driven.setdefault(width, []).append((owner.removeprefix(self._prefix), shape))
+        return tuple(Stack(f"beside_{w}", (), (), w, {}, aux=tuple(found)) for w, found in driven.items())
 
     def _row(self, pattern: str, members: list[tuple[Block, str]], aux: list[Block]) -> Stack:
         layers = sorted({layer for _, layer in members})
@@ -200,6 +244,7 @@ class _Rows:
                 for owner in [common_parent(block.names)]
             ),
             partial=len(layers) < self._count(pattern),
+            obstacle=next((self._obstacles[b.down] for b, _ in members if b.down in self._obstacles), ""),
         )
 
     def _shapes(self, members: list[tuple[Block, str]], width: str | None) -> tuple[Shape, ...]:
@@ -211,8 +256,8 @@ class _Rows:
             if not block.experts:
                 ordinal[layer] = ordinal.get(layer, 0) + 1
                 slot += str(ordinal[layer]) if ordinal[layer] > 1 else ""
-            own = self._fields.get(block.down)
-            shapes[replace(_shape(block, layer, slot), width=None if own == width else own)] = None
+            own = self._fields.get(block.down, "")
+            shapes[replace(_shape(block, layer, slot), width=None if own == (width or "") else own)] = None
         return tuple(shapes)
 
     def _norms(self, members: list[tuple[Block, str]], layers: list[str]) -> dict[str, Names]:

@@ -7,6 +7,7 @@ memory, and what changed shape is compared with what should.
 import copy
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,39 +34,86 @@ def shapes_of(cls: type[nn.Module], config: Any) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def width_fields(model: nn.Module, blocks: list[Block]) -> dict[str, str]:
+@dataclass
+class Widths:
+    """What drives the widths of blocks.
+
+    Args:
+        fields: Name of ``down`` -> the config field that drives the width of its block, and nothing but blocks;
+            dotted where it is one of an inner model.
+        obstacles: Name of ``down`` -> why there is none.
+    """
+
+    fields: dict[str, str] = field(default_factory=dict)
+    obstacles: dict[str, str] = field(default_factory=dict)
+
+
+def width_fields(model: nn.Module, blocks: list[Block]) -> Widths:
     """Finds the fields of width.
 
     Args:
         model: The small model.
         blocks: Its proved blocks.
-
-    Returns:
-        Name of ``down`` -> the config field that drives the width of its block, and nothing but blocks.
     """
-    reference, modules = shapes_of(type(model), model.config), dict(model.named_modules())
-    owners = {
-        f"{name}.{parameter}": block.down
-        for block in blocks
-        for name in block.names
-        for parameter, _ in modules[name].named_parameters(recurse=False)
-    }
-    widths = {projection_size(modules[b.down])[0] for b in blocks if not b.experts}
-    found: dict[str, str] = {}
-    for path, value in sorted(_leaves(model.config), key=lambda leaf: _LIKELY.search(leaf[0]) is None):
-        if found.keys() >= set(owners.values()):
+    trial = _Trial(model, blocks)
+    own = sorted(_leaves(model.config), key=lambda leaf: _LIKELY.search(leaf[0]) is None)
+    # Last those of inner models: what stands between two of them may have the width of one.
+    nested = [leaf for leaf in _nested_leaves(model.config) if _LIKELY.search(leaf[0].rpartition(".")[2])]
+    for path, value in (*own, *nested):
+        if trial.widths.fields.keys() >= set(trial.owners.values()):
             break
-        for larger in _larger(value, widths):
-            shapes = _shapes_with(model, path, larger)
-            if shapes is None or shapes.keys() != reference.keys():
-                continue
-            changed = {n for n in shapes if shapes[n] != reference[n]}
-            # A bias of ``down`` has the outer size: where that changes, the field is not one of width.
-            if changed and changed <= owners.keys() and not any(n == f"{owners[n]}.bias" for n in changed):
-                for name in changed:
-                    found.setdefault(owners[name], path)
+        for larger in _larger(value, trial.sizes):
+            if trial.drives(path, larger):
                 break
-    return found
+    return trial.widths
+
+
+class _Trial:
+    """Changes one field after the other and looks at what grows.
+
+    Args:
+        model: The small model.
+        blocks: Its proved blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[Block]) -> None:
+        self._model, self._reference = model, shapes_of(type(model), model.config)
+        modules = dict(model.named_modules())
+        self.owners = {
+            f"{name}.{parameter}": block.down
+            for block in blocks
+            for name in block.names
+            for parameter, _ in modules[name].named_parameters(recurse=False)
+        }
+        self.sizes = {projection_size(modules[b.down])[0] for b in blocks if not b.experts}
+        self.widths = Widths()
+
+    def drives(self, path: str, value: Any) -> bool:
+        """Whether a value of a field changes blocks and nothing else; notes which."""
+        shapes, owners = _shapes_with(self._model, path, value), self.owners
+        if shapes is None or shapes.keys() != self._reference.keys():
+            return False
+        changed = {n for n in shapes if shapes[n] != self._reference[n]}
+        driven = {owners[n] for n in changed & owners.keys()}
+        # A bias of ``down`` has the outer size: where that changes, the field is not one of width.
+        if any(f"{down}.bias" in changed for down in driven) or not changed:
+            return False
+        if others := sorted(changed - owners.keys()):
+            self._note(path, driven, others)
+            return False
+        for down in driven:
+            self.widths.fields.setdefault(down, path)
+        return True
+
+    def _note(self, path: str, driven: set[str], others: list[str]) -> None:
+        """Notes a field that changes more than blocks, if that is the width of these."""
+        weights = {f"{down}.weight": shape for down in driven if (shape := self._reference.get(f"{down}.weight"))}
+        if len(others) > len(self._reference) // 2 or not weights:
+            return
+        for down in driven:
+            self.widths.obstacles.setdefault(
+                down, f"{path} is also the size of {others[0]}, which is no known feed-forward block"
+            )
 
 
 def bias_field(model: nn.Module, blocks: list[Block]) -> str | None:
@@ -107,6 +155,13 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             continue  # a body of its own
         yield prefix + name, value
+
+
+def _nested_leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in vars(config).items():
+        if hasattr(value, "model_type") and hasattr(value, "to_dict") and not name.startswith("_"):
+            yield from _leaves(value, f"{prefix}{name}.")
+            yield from _nested_leaves(value, f"{prefix}{name}.")
 
 
 def _larger(value: Any, widths: set[int]) -> Iterator[Any]:

@@ -31,7 +31,7 @@ class Shape:
         conv: Depthwise convolution between ``up`` and ``act``.
         dropout: Dropout that the block applies to its hidden units.
         experts: Whether ``up`` is a module of experts, with one three-dimensional weight for all of them.
-        width: Config field of the width, where it differs from the stack's.
+        width: Config field of the width, where it differs from the stack's; empty: the architecture fixes it.
         slot: Tells the blocks of one layer apart; of the shapes with one slot a layer has the first that fits.
     """
 
@@ -53,7 +53,7 @@ class Stack:
 
     Args:
         name: ``encoder`` or ``decoder``; the first part of every tensor's key.
-        layers: The module list.
+        layers: The module list; none where the row holds nothing but ``aux``.
         ffn: Possible shapes of the feed-forward blocks.
         width: Config field of their width; None: the architecture fixes it, so nothing merges.
         norms: Slot -> name of the norm in each layer.
@@ -64,6 +64,7 @@ class Stack:
             tick, but must grow with the rest.
         shared: Config fields (number of groups, number of layers) of a family whose layers share a block.
         partial: Whether some layers have no feed-forward block.
+        obstacle: Why there is no field of width, where more is known than that.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Stack:
     aux: tuple[tuple[str, Shape], ...] = ()
     shared: tuple[str, str] | None = None
     partial: bool = False
+    obstacle: str = ""
 
 
 # The shapes, about a dozen for all families.
@@ -370,6 +372,7 @@ class Ffn:
         experts: The module that routes tokens to the experts, where this is a block of experts.
         width_field: Config field of the width, dotted from the model's config; None: fixed.
         bias_field: Config switch that gives the projections biases.
+        obstacle: Why there is no field of width, where more is known than that.
     """
 
     stack: str
@@ -385,6 +388,7 @@ class Ffn:
     experts: nn.Module | None
     width_field: str | None
     bias_field: str | None
+    obstacle: str = ""
 
     @property
     def key(self) -> str:
@@ -526,18 +530,29 @@ def add_stacks(layout: Layout, body: Body, stacks: tuple[Stack, ...]) -> None:
                 )
             layout.ffns += blocks
             for slot, names in stack.norms.items():
-                norm = _first(layer, names)
-                if norm is not None and any(True for _ in norm.parameters(recurse=False)):
-                    layout.norms[f"{name}.{number}.norm.{slot}"] = norm
+                _add_norm(layout, f"{name}.{number}.norm.{slot}", _first(layer, names))
         for slot, names in (("embedding", stack.embedding), ("final", stack.final)):
-            norm = _first(body.module, names)
-            if norm is not None and any(True for _ in norm.parameters(recurse=False)):
-                layout.norms[f"{name}.norm.{slot}"] = norm
-        for path, shape in stack.aux:
-            owner = _find(body.module, path)
-            block = None if owner is None else _ffn(replace(shape, slot="aux"), name, -1, owner, body, stack)
-            if block is not None:
-                layout.aux.append(block)
+            _add_norm(layout, f"{name}.norm.{slot}", _first(body.module, names))
+        layout.aux += _aux(stack, name, body)
+    for stack in stacks:
+        if not stack.layers:
+            layout.aux += _aux(stack, stack.name, body)
+
+
+def _add_norm(layout: Layout, key: str, norm: nn.Module | None) -> None:
+    """Adds a norm that has parameters; one that layers or stacks share, once."""
+    if norm is None or not any(True for _ in norm.parameters(recurse=False)):
+        return
+    if not any(other is norm for other in layout.norms.values()):
+        layout.norms[key] = norm
+
+
+def _aux(stack: Stack, name: str, body: Body) -> Iterator[Ffn]:
+    for path, shape in stack.aux:
+        owner = _find(body.module, path)
+        block = None if owner is None else _ffn(replace(shape, slot="aux"), name, -1, owner, body, stack)
+        if block is not None:
+            yield block
 
 
 def projection_size(module: nn.Module) -> tuple[int, int]:
@@ -689,11 +704,12 @@ def _ffn(shape: Shape, name: str, number: int, layer: nn.Module, body: Body, sta
         act,
         dropout,
         experts,
-        body.field(shape.width or stack.width),
+        body.field((stack.width if shape.width is None else shape.width) or None),
         # Experts have no place for biases, whatever the switch gives to other blocks.
         body.field(stack.bias)
         if stack.bias and not shape.experts and getattr(body.config, stack.bias, None) is False
         else None,
+        stack.obstacle,
     )
 
 

@@ -257,21 +257,50 @@ def _run(model: nn.Module) -> Trace:
     trace, reason = recorder.trace, ""
     trace.reason, trace.failed = "no inputs are known for it", True
     try:
-        for arguments in example_inputs(model):
+        choices = example_inputs(model)
+        for number, arguments in enumerate(choices):
             recorder.clear()
-            try:
-                with torch.no_grad():
-                    model(**arguments)
-            except Exception as error:  # noqa: BLE001 - any class of any version may stand here
-                # What ran before the failure counts all the same: a proof is local.
-                reason = reason or f"a small model of its class does not run ({first_line(error)})"
-                trace.reason = reason  # of the likeliest inputs
-                continue
-            trace.reason, trace.failed = "", False
-            break
+            error = _call(model, arguments)
+            if not error and _is_nan(trace):
+                error = "a small model of its class computes no numbers"
+            if not error:
+                trace.reason, trace.failed = "", False
+                _run_the_rest(model, recorder, choices[number + 1 :])
+                break
+            # What ran before the failure counts all the same, as a proof is local; the reason is that of the
+            # likeliest inputs.
+            reason = trace.reason = reason or error
     finally:
         recorder.remove()
     return trace
+
+
+def _run_the_rest(model: nn.Module, recorder: _Recorder, choices: list[dict[str, Tensor]]) -> None:
+    """Gives a model of several inputs more of them, where projections were not run by the first that work.
+
+    A failure does no harm: towers and what joins them run before the text model finds fault.
+    """
+    trace = recorder.trace
+    idle = [n for n, m in trace.modules.items() if is_projection(m) and n not in trace.inputs]
+    start = time.monotonic()
+    for arguments in choices if idle else ():
+        _call(model, arguments)
+        if time.monotonic() - start > _MOST_SECONDS / 10 or all(n in trace.inputs for n in idle):
+            break
+
+
+def _call(model: nn.Module, arguments: dict[str, Tensor]) -> str:
+    """Runs a model; returns what it fails with, or an empty string."""
+    try:
+        with torch.no_grad():
+            model(**arguments)
+    except Exception as error:  # noqa: BLE001 - any class of any version may stand here
+        return f"a small model of its class does not run ({first_line(error)})"
+    return ""
+
+
+def _is_nan(trace: Trace) -> bool:
+    return any(v.is_floating_point() and bool(v.isnan().any()) for v in trace.outputs.values())
 
 
 # Pairs of projections

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Way = Literal["narrow", "scaled", "short", "filled"]
+Way = Literal["narrow", "scaled", "short", "filled", "large images"]
 
 HIDDEN, HEADS, HEAD_DIM, WIDTH = 64, 4, 16, 96
 _VOCABULARY, _POSITIONS, _LENGTH, _ROWS = 128, 64, 8, 2
@@ -106,6 +106,7 @@ _LAYERS = (
     "num_mem_blocks", "e_layers", "d_layers", "num_blocks", "memory_attention_num_layers", "n_transformer_layers",
 )  # fmt: skip
 _MOST_LAYERS = 6
+_PIXELS = 224
 _LARGEST_DIVISOR = 16
 _LARGEST = 150_000_000  # parameters of a small model
 _AS_THEY_ARE = ("num_feat_extract_layers", "num_kv_shared_layers", "max_window_layers")
@@ -144,11 +145,22 @@ def small_models(cls: type[nn.Module], config: Any) -> Iterator[nn.Module]:
             built = True
             yield model
     if not built:
-        raise ValueError(_first_line(reasons[0])) from reasons[0]
+        raise ValueError(_build_error(cls, config) or _first_line(reasons[0])) from reasons[0]
+
+
+def _build_error(cls: type[nn.Module], config: Any) -> str:
+    """Why the class builds no model of the config as it is, or an empty string."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            cls(copy.deepcopy(config))
+    except Exception as error:  # noqa: BLE001 - any class of any version may stand here
+        return f"transformers itself builds no model of this config: {_first_line(error)}"
+    return ""
 
 
 def _ways(config: Any) -> tuple[Way, ...]:
-    return ("narrow", "scaled", "short", "filled") if _divisor(config) > 1 else ("narrow", "short", "filled")
+    scaled: tuple[Way, ...] = ("scaled",) if _divisor(config) > 1 else ()
+    return ("narrow", *scaled, "short", "filled", "large images")
 
 
 def shrink(config: Any, way: Way = "narrow", *, dtype: torch.dtype = torch.float64) -> Any:
@@ -160,7 +172,8 @@ def shrink(config: Any, way: Way = "narrow", *, dtype: torch.dtype = torch.float
         config: Is not changed.
         way: ``narrow``: all sizes become the same few numbers; ``scaled``: they are divided by one number, so
             their ratios stay; ``short``: they stay, and only the numbers of layers and tokens fall; ``filled``:
-            narrow, and numbers that are None in the config get a value.
+            narrow, and numbers that are None in the config get a value; ``large images``: short, and images
+            are as large as they were.
         dtype: Of the model that will be built.
     """
     config = copy.deepcopy(config)
@@ -281,7 +294,10 @@ class _Shrinking:
         self._overrides: dict[int, dict[str, Any]] = {} if spec is None else dict(spec.per_layer_overrides)
         self._kept = self._kinds()
         # Heads that differ by stage go with sizes that do, and these no rule of one size for all can know.
-        self._has_stages = any(isinstance(self._entries.get(k), list | tuple) for k in ("num_heads", "depths"))
+        self._has_stages = any(
+            isinstance(value, list | tuple) and (name in ("num_heads", "depths") or "per_stage" in name)
+            for name, value in self._entries.items()
+        )
 
     def apply(self, dtype: torch.dtype) -> None:
         config = self._config
@@ -389,9 +405,10 @@ class _Shrinking:
                 return min(value, WIDTH)
             if name.endswith(("hidden_size", "hidden_dim", "embed_dim")):
                 return min(value, HIDDEN)
-            if name == "image_size":
-                patch = self._entries.get("patch_size")
-                return min(value, 4 * patch if isinstance(patch, int) else 224)
+            if name == "image_size" and isinstance(patch := self._entries.get("patch_size"), int):
+                return min(value, 4 * patch)
+        if name == "image_size" and self._way != "large images":
+            return min(value, _PIXELS)
         return _by_rule(name, value)
 
 
@@ -514,7 +531,15 @@ def _waves(config: Any, names: Any, generator: torch.Generator) -> Tensor | None
 
 
 def _features(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
-    bins = _find(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "input_size")
+    bins = _find(
+        config,
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_size",
+        "input_dim",
+        "input_size",
+        "feature_projection_input_dim",
+    )
     if not isinstance(bins, int):
         return None
     return torch.randn(_ROWS, _frames(config), bins, generator=generator)
