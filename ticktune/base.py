@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import nn
 
 from ticktune.errors import BaseModelError, Problem
 from ticktune.files import input_path, sha256_json
+from ticktune.quantize import check_package, is_coded, plain_parts
 
 _DTYPES = {
     "float32": torch.float32,
@@ -57,6 +59,10 @@ def quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
+    # Where torchao is installed, transformers imports it with the first model, and that import logs which of its
+    # CUDA kernels a CPU lacks.
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def locate_base(model: str, *, revision: str | None = None, relative_to: Path = Path()) -> BaseFiles:
@@ -124,6 +130,32 @@ def load_tokenizer(base: BaseFiles) -> Any:
     return tokenizer
 
 
+def stored_quantization(base: BaseFiles) -> str | None:
+    """Returns the method that a base's files are quantised by, as transformers calls it; None: they are not."""
+    entries = _read_config(base).get("quantization_config")
+    return str(entries.get("quant_method") or "bitsandbytes") if isinstance(entries, dict) else None
+
+
+def without_weights(base: BaseFiles, auto_class: str, config: dict[str, Any] | None = None) -> nn.Module:
+    """Builds a base's model on the meta device: shapes and names, no memory.
+
+    Args:
+        base: Its files.
+        auto_class: Name of a transformers auto class, or of a model class.
+        config: Config entries that differ from the checkpoint's.
+    """
+    import transformers
+
+    entries = load_config(base)
+    for key, value in (config or {}).items():
+        if key != "num_labels":
+            setattr(entries, key, value)
+    with torch.device("meta"):
+        cls = getattr(transformers, auto_class)
+        model: nn.Module = cls.from_config(entries) if auto_class.startswith("Auto") else cls(entries)
+    return model
+
+
 def load_model(
     base: BaseFiles,
     auto_class: str,
@@ -131,6 +163,8 @@ def load_model(
     dtype: str = "auto",
     config: dict[str, Any] | None = None,
     seed: int = 42,
+    loading: dict[str, Any] | None = None,
+    keep: Iterable[str] = (),
 ) -> tuple[nn.Module, list[str]]:
     """Loads a base under a task's model class.
 
@@ -140,6 +174,8 @@ def load_model(
         dtype: ``auto`` (the checkpoint's own) or a torch dtype's name.
         config: Config entries that differ from the checkpoint's, such as id2label.
         seed: Seed of the values of parameters that the checkpoint lacks (a fresh head).
+        loading: Further arguments of ``from_pretrained``: how to quantise, and where.
+        keep: Names of the modules that are no codes, where the files are quantised and do not hold them.
 
     Returns:
         The model in evaluation mode, and the names of the parameters that the checkpoint lacks or that do
@@ -147,10 +183,17 @@ def load_model(
 
     Raises:
         BaseModelError: It cannot be loaded, has tensors without a place, or holds a value that is not finite.
+        RecipeError: It is quantised by a package that is missing.
     """
     import transformers
 
     load_config(base)
+    method = stored_quantization(base)
+    if method is not None:
+        check_package(method, "these files are quantised and need", where=f"base.model {base.name}")
+    entries = dict(config or {})
+    if method == "bitsandbytes":
+        entries = {"config": _config_with_plain(base, entries, keep)}
     torch.manual_seed(seed)
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
@@ -160,10 +203,16 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **(config or {}),
+            **entries,
+            **(loading or {}),
         )
     except Exception as error:
-        raise BaseModelError(f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}") from error
+        # transformers 5.23 finds the codes of such files by their full names, so a body's file fits no class with a
+        # head; what it says then names neither.
+        fix = "such files open only under the class that saved them" if method == "torchao" else ""
+        raise BaseModelError(
+            f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}", fix=fix
+        ) from error
     layer_tensors = [k for k in info["unexpected_keys"] if any(part.isdigit() for part in k.split("."))]
     if layer_tensors:
         names = ", ".join(sorted(layer_tensors)[:5])
@@ -172,9 +221,12 @@ def load_model(
             where=f"base.model {base.name}",
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
-            raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
+        for part in plain_parts(parameter):
+            if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
+                raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
     mismatched = [entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]]
+    if method is not None:
+        mismatched += _fit_head(model)
     fresh = sorted({*info["missing_keys"], *mismatched} & {name for name, _ in model.named_parameters()})
     return model.eval(), fresh
 
@@ -203,8 +255,19 @@ def stored_dtype(base: BaseFiles) -> str:
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
-    largest = max(sizes, key=lambda name: sizes[name], default="F32")
-    return _SAFETENSORS_DTYPES.get(largest, "float32")
+    # Codes of quantised weights are integers and say nothing of what they stand for.
+    floating = [name for name in sizes if name in _SAFETENSORS_DTYPES]
+    return _SAFETENSORS_DTYPES[max(floating, key=lambda name: sizes[name], default="F32")]
+
+
+def stored_bytes(base: BaseFiles) -> int:
+    """Returns the size of all tensors in a base's files."""
+    return sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0]
+        for file in weight_files(base)
+        for name, entry in read_header(file).items()
+        if name != "__metadata__"
+    )
 
 
 def training_dtype(asked: str, base: BaseFiles, precision: str, device: str) -> str:
@@ -247,10 +310,52 @@ def fingerprint_in_memory(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the sorted (name, dtype, shape, bytes) of tensors in memory, for a model without files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        content = hashlib.sha256(data).hexdigest()
+        content = hashlib.sha256(b"".join(_bytes_of(part) for part in plain_parts(tensor.detach()))).hexdigest()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), content]).encode())
     return digest.hexdigest()
+
+
+def _fit_head(model: Any) -> list[str]:
+    """Draws the weights anew that do not fit; returns their names.
+
+    transformers 5.23 does not see that a weight of quantised files has other outputs than the model asks for.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not is_coded(module.weight):
+            shape = (module.out_features, module.in_features)
+            if module.weight.shape != shape:
+                values = module.weight.new_empty(shape).normal_(std=getattr(model.config, "initializer_range", 0.02))
+                module.weight = nn.Parameter(values)
+                names.append(f"{name}.weight")
+    return names
+
+
+def _config_with_plain(base: BaseFiles, entries: dict[str, Any], keep: Iterable[str]) -> Any:
+    """The config of a base that bitsandbytes quantised, where a head that the files lack is not made of codes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, **entries)
+    headers = [read_header(file) for file in weight_files(base)]
+    coded = {
+        name.removesuffix(".weight")
+        for header in headers
+        for name, entry in header.items()
+        if name.endswith(".weight") and entry["dtype"] not in _SAFETENSORS_DTYPES
+    }
+    # A body's file leaves out the prefix that its modules have below a head.
+    plain = {name for name in keep if not any(name == c or name.endswith(f".{c}") for c in coded)}
+    quantization = config.quantization_config
+    plain |= set(quantization.get("llm_int8_skip_modules") or ())
+    quantization["llm_int8_skip_modules"] = sorted(plain) or None
+    return config
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    if not tensor.numel():
+        return b""
+    content: bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def weight_files(base: BaseFiles) -> list[Path]:

@@ -4,17 +4,31 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
-from ticktune.base import BaseFiles, load_config, locate_base, quiet_transformers, stored_dtype
+from ticktune.base import (
+    load_config,
+    locate_base,
+    quiet_transformers,
+    stored_bytes,
+    stored_dtype,
+    stored_quantization,
+    without_weights,
+)
 from ticktune.console import Console
 from ticktune.errors import PatchError
 from ticktune.export.widen import merge_obstacle
-from ticktune.patch.attach import adapter_parameters, attach, attachment_of, choose_form, head_candidates
+from ticktune.patch.attach import (
+    adapter_parameters,
+    attach,
+    attachment_of,
+    choose_form,
+    head_candidates,
+    unquantized_modules,
+)
 from ticktune.patch.detect import find_layout
 from ticktune.patch.layout import Layout
 from ticktune.prepare import prepare
+from ticktune.quantize import merge_obstacle as quantized_obstacle
+from ticktune.quantize import saved_bytes
 from ticktune.recipe.load import LoadedRecipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -35,7 +49,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
     quiet_transformers()
     prepared = prepare(loaded, console)
     recipe, task = loaded.recipe, prepared.task
-    model = _without_weights(prepared.base, task.auto_class, task.config())
+    model = without_weights(prepared.base, task.auto_class, task.config())
     attach(
         model,
         recipe.ticks.dim,
@@ -52,7 +66,14 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
         counts[role] += parameter.numel()
     trained = sum(counts.values())
     base_count = sum(p.numel() for p in model.parameters()) - trained
-    memory = base_count * _BYTES[prepared.dtype] + trained * _TRAINED_BYTES
+    quantize, stored, width = recipe.base.quantize, stored_quantization(prepared.base), _BYTES[prepared.dtype]
+    if stored is not None:
+        obstacle = obstacle or quantized_obstacle(stored)
+        held = stored_bytes(prepared.base)
+    else:
+        held = base_count * width - saved_bytes(model, unquantized_modules(model), quantize, width)
+    memory = held + trained * _TRAINED_BYTES
+    how = f", quantised: {stored or quantize}" if stored or quantize != "none" else ""
     example = prepared.examples["train"].take([0])[0]
     pieces = task.show(example)
     document = {
@@ -68,6 +89,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
         "merges": not obstacle,
         "merge_obstacle": obstacle,
         "memory_bytes": memory,
+        "quantized": stored or (None if quantize == "none" else quantize),
         "compute": {"device": str(prepared.compute.device), "precision": prepared.compute.precision},
         "example": [{"kind": kind, "text": text} for kind, text in pieces],
     }
@@ -85,7 +107,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
             f"{trained:,} of {trained + base_count:,} parameters ({100 * trained / (trained + base_count):.2f} %)",
         ],
         ["merges", f"no: {obstacle}" if obstacle else "yes, exactly"],
-        ["device", f"{prepared.compute.device}, {prepared.compute.precision}, base held in {prepared.dtype}"],
+        ["device", f"{prepared.compute.device}, {prepared.compute.precision}, base held in {prepared.dtype}{how}"],
         ["memory", f"{memory / 1e6:.0f} MB for weights and optimizer; activations come on top"],
     ]
     rows += [[f"example: {kind}", _short(text)] for kind, text in pieces]
@@ -105,17 +127,21 @@ def inspect_base(name: str, console: Console) -> None:
     quiet_transformers()
     base = locate_base(name)
     architectures = getattr(load_config(base), "architectures", None) or [None]
-    model = _without_weights(base, "AutoModel" if architectures[0] is None else architectures[0], {})
+    model = without_weights(base, "AutoModel" if architectures[0] is None else architectures[0], {})
     layout = find_layout(model)
     total = sum(p.numel() for p in model.parameters())
+    stored = stored_quantization(base)
     forms = {}
     for form in ("plain", "gated"):
-        forms[form] = _merges(layout, form)
+        found = _merges(layout, form)
+        is_possible = stored is not None and not found.startswith("no:")
+        forms[form] = f"train, but do not merge: {quantized_obstacle(str(stored))}" if is_possible else found
     document = {
         "base": name,
         "class": type(model).__name__,
         "parameters": total,
         "dtype": stored_dtype(base),
+        "quantized": stored,
         "layout": _layout_facts(layout),
         "merges": forms,
         "head": head_candidates(model),
@@ -123,27 +149,13 @@ def inspect_base(name: str, console: Console) -> None:
     rows = [
         ["what", "value"],
         ["class", type(model).__name__],
-        ["parameters", f"{total:,}, stored in {stored_dtype(base)}"],
+        ["parameters", f"{total:,}, stored in {stored_dtype(base)}" + (f", quantised: {stored}" if stored else "")],
         *_layout_rows(layout),
         ["norms", _norm_text(list(layout.norms))],
         *[[f"{form} ticks", text] for form, text in forms.items()],
         ["head", ", ".join(head_candidates(model)) or "none"],
     ]
     console.result(document, rows, title=name)
-
-
-def _without_weights(base: BaseFiles, class_name: str, config: dict[str, Any]) -> nn.Module:
-    """The model on the meta device: shapes and names, no memory."""
-    import transformers
-
-    entries = load_config(base)
-    for key, value in config.items():
-        if key != "num_labels":
-            setattr(entries, key, value)
-    with torch.device("meta"):
-        cls = getattr(transformers, class_name)
-        model: nn.Module = cls.from_config(entries) if class_name.startswith("Auto") else cls(entries)
-    return model
 
 
 def _merges(layout: Layout, form: str) -> str:

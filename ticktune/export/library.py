@@ -15,6 +15,7 @@ from ticktune.export.verify import Verification, compare, stock_logits
 from ticktune.export.widen import widen
 from ticktune.files import new_directory
 from ticktune.patch.attach import adapter_state, attach_plan, attachment_of, detach, load_adapter_state
+from ticktune.quantize import MERGE_WAY_OUT, is_quantized, merge_obstacle
 
 _ROWS, _LENGTH = 4, 16
 
@@ -46,10 +47,18 @@ def merge(
 
     Raises:
         PatchError: The model has no ticks.
-        ExportError: The architecture cannot hold them, or the merged folder is not equal; none is left.
+        ExportError: The architecture cannot hold them, the base is quantised, or the merged folder is not equal; none
+            is left.
         OutputError: The folder exists.
     """
     plan = attachment_of(model).plan
+    if is_quantized(model):
+        method = getattr(model, "quantization_method", None)
+        raise ExportError(
+            f"this adapter cannot be merged: {merge_obstacle(str(getattr(method, 'value', method) or 'integers'))}",
+            fix=f"{MERGE_WAY_OUT}: save_adapter(model, DIR), then load_adapter(full, DIR) and merge that; with "
+            "full_precision=True where the quantised model was loaded from files of its own",
+        )
     tensors = {key: tensor.cpu() for key, tensor in adapter_state(model).items()}
     refuse_not_finite(tensors)
     dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)

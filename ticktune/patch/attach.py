@@ -14,6 +14,7 @@ from ticktune.patch.detect import find_layout
 from ticktune.patch.layout import Ffn, Layout, Shared, unshare_layers
 from ticktune.patch.norms import own_parameters, train_norm
 from ticktune.patch.ticks import ExpertTicks, Form, Tick
+from ticktune.quantize import is_coded
 
 Role = Literal["Q", "r", "P", "U", "norm", "head"]
 
@@ -456,6 +457,16 @@ def head_candidates(model: nn.Module) -> list[str]:
     return inside + _outside_body(model)
 
 
+def unquantized_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that no quantisation may touch: those of any head, and the pooler."""
+    inside = _body_prefix(model)
+    names = {name.rpartition(".")[0] for name in head_candidates(model)}
+    names |= {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(inside)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    names |= {name for name, module in model.named_modules() if module is output}
+    return sorted(names - {""})
+
+
 def _outside_body(model: nn.Module) -> list[str]:
     body_prefix = _body_prefix(model)
     if not body_prefix or _has_language_head(model):
@@ -534,10 +545,15 @@ def _check_plan(model: nn.Module, plan: Plan, layout: Layout) -> None:
         if key not in layout.norms:
             raise PatchError(f"this model has no norm {key}")
         own_parameters(layout.norms[key])
-    names = {name for name, _ in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     for name in plan.head:
-        if name not in names:
+        if name not in parameters:
             raise PatchError(f"this model has no head parameter {name}")
+        if is_coded(parameters[name]):
+            raise PatchError(
+                f"the head parameter {name} is quantised, so it cannot be trained",
+                fix="set head.train: false, or use a base whose head is not quantised",
+            )
 
 
 def _numbers(selection: Any, stack: str, size: int) -> list[int]:
