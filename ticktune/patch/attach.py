@@ -130,12 +130,13 @@ def attach(
         layout = find_layout(model)
         chosen = select_layers(layers, layout.sizes)
         has_ticks = dim > 0 and any(chosen.values())
+        trained = head_names(model, head, fresh)
         plan = Plan(
             form=choose_form(form, layout),
             dim=dim if has_ticks else 0,
             layers=chosen if has_ticks else {},
-            norms=select_norms(norms, norm_layers, layers, layout),
-            head=head_names(model, head, fresh),
+            norms=_outside_head(select_norms(norms, norm_layers, layers, layout), layout, model, trained),
+            head=trained,
             experts=experts,
             unshare=unshare,
         )
@@ -376,6 +377,12 @@ def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout)
         elif int(key.split(".")[1]) in chosen[stack]:
             keys.append(key)
     return keys
+
+
+def _outside_head(keys: list[str], layout: Layout, model: nn.Module, head: list[str]) -> list[str]:
+    """The norms that are no part of the trained head: BEiT's last norm stands in its pooler."""
+    owned = {id(model.get_parameter(name)) for name in head}
+    return [key for key in keys if not any(id(p) in owned for p in layout.norms[key].parameters(recurse=False))]
 
 
 def choose_form(form: str, layout: Layout) -> Form | Literal["auto"]:
