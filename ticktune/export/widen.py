@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ticktune.errors import ExportError
 from ticktune.patch.attach import Plan, form_of, has_tick
-from ticktune.patch.detect import find_layout, shapes_of
+from ticktune.patch.detect import find_layout
+from ticktune.patch.fields import shapes_of
 from ticktune.patch.layout import AS_LLAMA, Ffn, Layout, config_of, is_conv1d, projection_size, unshare_layers
 
 # Grouped matrix products of experts need strides of 16 bytes: 8 numbers of 2 bytes (transformers issue 48644).
