@@ -153,6 +153,7 @@ class _Rows:
         self._blocks = [b for b in blocks if not b.up.startswith(inside)]
         self._fields = width_fields(model, blocks)
         self._bias = bias_field(model, self._blocks)
+        self._is_alone = True  # whether there is one stack only, which then owns the norms around it
 
     def build(self) -> tuple[Stack, ...]:
         """The rows; none where no block lies in a list of layers."""
@@ -164,6 +165,7 @@ class _Rows:
                 aux.append(block)
             else:
                 groups.setdefault(place[0], []).append((block, place[1]))
+        self._is_alone = len(groups) == 1
         rows: list[Stack] = []
         for pattern, members in groups.items():
             row = self._row(pattern, members, aux)
@@ -210,12 +212,16 @@ class _Rows:
 
     def _norms(self, members: list[tuple[Block, str]], layers: list[str]) -> dict[str, Names]:
         """Slot -> the names that its norm has in the layers."""
-        roles: dict[str, dict[str, None]] = {}
-        for layer in layers:
-            first = next(block for block, where in members if where == layer)
-            for slot, norm in _LayerNorms(layer, first, self._trace).roles().items():
-                roles.setdefault(slot, {})[norm] = None
-        return {slot: tuple(found) for slot, found in roles.items()}
+        found = [
+            _LayerNorms(layer, next(block for block, where in members if where == layer), self._trace).roles()
+            for layer in layers
+        ]
+        slots: dict[str, str] = {}
+        # The layer with the most norms tells best what each is for; a name means the same in all layers.
+        for roles in sorted(found, key=len, reverse=True):
+            for slot, norm in roles.items():
+                slots.setdefault(norm, slot)
+        return {slot: tuple(n for n, s in slots.items() if s == slot) for slot in dict.fromkeys(slots.values())}
 
     def _count(self, pattern: str) -> int:
         """How many layers the lists that a pattern means have."""
@@ -239,9 +245,12 @@ class _Rows:
             and name.removeprefix(self._prefix).count(".") <= max(1, depth)
         }
         own = layers[0].removeprefix(self._prefix).split(".")[0]
-        near = {n: t for n, t in outside.items() if n.split(".")[0] == own} or outside
+        near = {n: t for n, t in outside.items() if n.split(".")[0] == own}
+        if not near and self._is_alone:
+            near = outside
         early = tuple(n for n, t in near.items() if t < first)
         late = tuple(n for n, t in near.items() if t > last)
+        late = tuple(n for n in late if not n.startswith("pooler.")) or late
         return early if len(early) == 1 else (), late[:1]
 
 
@@ -266,10 +275,14 @@ def _stack_name(pattern: str, model: nn.Module) -> str:
     for word in ("vision", "visual", "text", "audio"):
         if word in pattern:
             return "vision" if word == "visual" else word
-    config: Any = model.config
+    from transformers.models.auto import modeling_auto as auto
+
     # Of the config alone: the name stands in an adapter's keys, and must not depend on the head's class.
-    is_decoder = getattr(config, "is_decoder", None)
-    return "decoder" if (hasattr(config, "use_cache") if is_decoder is None else is_decoder) else "encoder"
+    config: Any = model.config
+    is_causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    is_decoder = getattr(config, "is_decoder", False) or (is_causal and not is_masked)
+    return "decoder" if is_decoder else "encoder"
 
 
 class _LayerNorms:
