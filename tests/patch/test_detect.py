@@ -61,8 +61,12 @@ def _unknown() -> dict[str, Callable[[], nn.Module]]:
         "stablelm": lambda: t.StableLmForCausalLM(t.StableLmConfig(**glu, partial_rotary_factor=0.5)),
         "cohere": lambda: t.CohereForCausalLM(t.CohereConfig(**glu)),  # one norm for attention and block
         "convbert": lambda: t.ConvBertForSequenceClassification(t.ConvBertConfig(**size, intermediate_size=82)),
-        "nemotron": lambda: t.NemotronForCausalLM(t.NemotronConfig(**glu, partial_rotary_factor=0.5)),  # squared relu, without a gate
-        "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**{**glu, "intermediate_size": 56}, num_experts=4, num_experts_per_tok=2)),
+        "nemotron": lambda: t.NemotronForCausalLM(
+            t.NemotronConfig(**glu, partial_rotary_factor=0.5)
+        ),  # squared relu, without a gate
+        "olmoe": lambda: t.OlmoeForCausalLM(
+            t.OlmoeConfig(**{**glu, "intermediate_size": 56}, num_experts=4, num_experts_per_tok=2)
+        ),
         "gpt_bigcode": lambda: t.GPTBigCodeForCausalLM(
             t.GPTBigCodeConfig(n_embd=48, n_layer=3, n_head=4, vocab_size=64)
         ),
