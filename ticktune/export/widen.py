@@ -62,24 +62,27 @@ def merge_obstacle(layout: Layout, plan: Plan) -> str:
         layout: The model's feed-forward blocks.
         plan: What is attached.
     """
-    for ffn in layout.ffns:
-        if not has_tick(plan, ffn):
-            continue
-        if ffn.width_field is None:
-            return (
-                f"the architecture fixes the width of its feed-forward blocks ({ffn.stack}: {ffn.width} beside "
-                f"{ffn.hidden_size} hidden units), so no stock config can describe the wider ones"
-            )
-        if form_of(plan, ffn) == "plain" and ffn.is_gated and not ffn.has_bias and ffn.bias_field is None:
-            way_out = (
-                "as a Llama it can hold them (export --merge --as llama), and gated ticks merge as they are"
-                if layout.model_type in AS_LLAMA
-                else "gated ticks merge (ticks.form: auto)"
-            )
-            return (
-                "plain ticks on gated feed-forward blocks need biases (r at the gate, 1 at up), "
-                f"and this architecture has none; {way_out}"
-            )
+    ticked = (ffn for ffn in layout.ffns if has_tick(plan, ffn))
+    return next((text for ffn in ticked if (text := block_obstacle(ffn, form_of(plan, ffn), layout.model_type))), "")
+
+
+def block_obstacle(ffn: Ffn, form: str, model_type: str) -> str:
+    """Returns why a tick of a form cannot be merged into a block, and the way out, or an empty string."""
+    if ffn.width_field is None:
+        return (
+            f"the architecture fixes the width of its feed-forward blocks ({ffn.stack}: {ffn.width} beside "
+            f"{ffn.hidden_size} hidden units), so no stock config can describe the wider ones"
+        )
+    if form == "plain" and ffn.is_gated and not ffn.has_bias and ffn.bias_field is None:
+        way_out = (
+            "as a Llama it can hold them (export --merge --as llama), and gated ticks merge as they are"
+            if model_type in AS_LLAMA
+            else "gated ticks merge (ticks.form: auto)"
+        )
+        return (
+            "plain ticks on gated feed-forward blocks need biases (r at the gate, 1 at up), "
+            f"and this architecture has none; {way_out}"
+        )
     return ""
 
 
