@@ -86,7 +86,14 @@ def block_obstacle(ffn: Ffn, form: str, model_type: str) -> str:
     return ""
 
 
-def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, pad_to: int | str = "auto") -> list[Widening]:
+def widen(
+    model: nn.Module,
+    plan: Plan,
+    tensors: dict[str, Tensor],
+    *,
+    pad_to: int | str = "auto",
+    layout: Layout | None = None,
+) -> list[Widening]:
     """Builds an adapter into a stock model, in place.
 
     All blocks that share a config field of width grow together; blocks without a tick get zero units. The
@@ -98,6 +105,7 @@ def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, pad_to: i
         tensors: Its tensors.
         pad_to: Multiple that the new width is rounded up to with zero units: a number, ``none``, or ``auto``:
             what divides the width before, 64 at most. Experts always get a multiple of 8, as their kernels need.
+        layout: Where the model's blocks and norms are; None: they are found here.
 
     Returns:
         What changed, for each config field of width.
@@ -107,7 +115,7 @@ def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, pad_to: i
     """
     if plan.unshare:
         unshare_layers(model)
-    layout = find_layout(model)
+    layout = layout or find_layout(model)
     obstacle = merge_obstacle(layout, plan)
     if obstacle:
         raise ExportError(f"this adapter cannot be merged: {obstacle}")

@@ -90,6 +90,7 @@ def attach(
     experts: Literal["each", "block"] = "each",
     unshare: bool = False,
     seed: int = 42,
+    layout: Layout | None = None,
 ) -> nn.Module:
     """Freezes a model and puts ticks, trained norms and a trained head on this instance.
 
@@ -112,6 +113,7 @@ def attach(
             where the routing weights of a token sum to one.
         unshare: Where layers share one block (ALBERT), give each its own copy and its own tick.
         seed: Seed of the ticks' initial values.
+        layout: Where its blocks and norms are; None: :func:`~ticktune.patch.detect.find_layout` finds them.
 
     Returns:
         The same model.
@@ -127,7 +129,7 @@ def attach(
     _refuse_second(model)
     shared = unshare_layers(model) if unshare else None
     try:
-        layout = find_layout(model)
+        layout = layout or find_layout(model)
         chosen = select_layers(layers, layout.sizes)
         has_ticks = dim > 0 and any(chosen.values())
         trained = head_names(model, head, fresh)
