@@ -117,7 +117,7 @@ def table() -> dict[str, Family]:
         # Decoders with gated blocks
         "llama": lm(t.LlamaConfig(**glu)),
         "llama-mlp-bias": lm(t.LlamaConfig(**glu, mlp_bias=True)),
-        "mistral": lm(t.MistralConfig(**glu)),
+        "mistral": lm(t.MistralConfig(**glu, sliding_window=None)),
         "qwen2": lm(t.Qwen2Config(**glu)),
         "qwen3": lm(t.Qwen3Config(**glu, head_dim=12)),
         "phi3": lm(t.Phi3Config(**glu)),
