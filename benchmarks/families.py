@@ -85,6 +85,7 @@ def run(case: Case) -> dict[str, Any]:
     from ticktune.export.widen import merge_obstacle, widen
     from ticktune.patch.attach import adapter_parameters, adapter_state, attach, attachment_of, detach
     from ticktune.patch.detect import find_layout
+    from ticktune.patch.layout import find_bodies
 
     torch.manual_seed(0)
     row = models.table()[case.family]
@@ -93,7 +94,8 @@ def run(case: Case) -> dict[str, Any]:
     models.perturb(p for n, p in model.named_parameters() if "classifier" in n)
     batch = models.inputs(model, row.kind)
     layout = find_layout(model)
-    result: dict[str, Any] = {"case": case.name, "model_type": model.config.model_type, **_block(layout)}
+    bodies = sorted({body.model_type for body in find_bodies(model)})
+    result: dict[str, Any] = {"case": case.name, "bodies": bodies, **_block(layout)}
     result["detected"] = _same_blocks(layout, find_or_none(model))
 
     def load(folder: Path, dtype: str) -> Any:
