@@ -1,7 +1,6 @@
 """docs/recipe.md and docs/exit-codes.md say what the code says."""
 
 import importlib.util
-import re
 from pathlib import Path
 from types import ModuleType
 
