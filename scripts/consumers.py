@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/consumers.json"
 PAGE = ROOT / "docs/consumers.md"
-BEGIN, END = "<!-- Written by scripts/consumers.py: -->\n\n", "\n\n<!-- End of the table. -->"
+BEGIN, END = "<!-- Written by scripts/consumers.py: -->", "<!-- End of the table. -->"
 HEAD = "consumer | version | model | weights | compared | largest difference | allowed | effect of the ticks | to pass"
 
 
@@ -25,10 +25,16 @@ def table(results: dict[str, Any]) -> str:
 
 
 def page(text: str, results: dict[str, Any]) -> str:
-    """The page with the table in its place."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + table(results) + END + after
+    """The page with the table in its place.
+
+    Raises:
+        ValueError: It lacks one of the two marks.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE} must hold the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}"
 
 
 if __name__ == "__main__":

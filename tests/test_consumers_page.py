@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -25,6 +27,15 @@ def _results() -> Any:
 def test_the_table_is_the_committed_result() -> None:
     text = (ROOT / "docs/consumers.md").read_text(encoding="utf-8")
     assert _script().page(text, _results()) == text, "run python scripts/consumers.py"
+
+
+def test_what_stands_around_the_table_stays() -> None:
+    script = _script()
+    marks = f"above\n{script.BEGIN}\n{script.END}\nbelow\n"
+    assert script.page(marks, {"rows": []}).startswith("above\n")
+    assert script.page(marks, {"rows": []}).endswith("\nbelow\n")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        script.page(f"above\n{script.BEGIN}\nbelow", {"rows": []})
 
 
 def test_every_consumer_was_measured_and_every_row_proves_something() -> None:
