@@ -188,3 +188,33 @@ def test_norms_alone_widen_nothing(family: str) -> None:
 def test_tick_dropout_has_no_part_in_the_merged_model() -> None:
     *_, ours, merged = _merged("bert", "all", dropout=0.5)
     assert _equal(ours, merged)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_config_says_how_positions_are_embedded(family: str) -> None:
+    model, *_ = _merged(family, "all")
+    assert model.config.to_dict()["position_embedding_type"] == "absolute"
+
+
+def test_what_the_base_says_of_its_positions_is_left() -> None:
+    model = models.families()["bert"]()
+    model.config.position_embedding_type = "relative_key"
+    attach(model, DIM)
+    plan, tensors = attachment_of(model).plan, adapter_state(model)
+    widen(detach(model), plan, tensors)
+    assert model.config.position_embedding_type == "relative_key"
+
+
+def test_config_of_other_families_gets_no_entry_of_positions() -> None:
+    model, *_ = _merged("llama", "all")
+    assert "position_embedding_type" not in model.config.to_dict()
+
+
+def test_phi_has_its_width_under_both_names() -> None:
+    from transformers import PhiConfig, PhiForCausalLM
+
+    entries = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    model = attach(PhiForCausalLM(PhiConfig(**entries, intermediate_size=192)), DIM)
+    plan, tensors = attachment_of(model).plan, adapter_state(model)
+    widen(detach(model), plan, tensors, pad_to="none")
+    assert model.config.n_inner == model.config.intermediate_size == 192 + DIM

@@ -24,6 +24,9 @@ from ticktune.patch.layout import AS_LLAMA, Ffn, Layout, config_of, is_conv1d, p
 # Grouped matrix products of experts need strides of 16 bytes: 8 numbers of 2 bytes (transformers issue 48644).
 _EXPERTS_MULTIPLE = 8
 _ATTEMPTS = 300
+# CTranslate2 4.8 converts these only where the config says how positions are embedded. transformers 4 wrote it,
+# transformers 5 knows no other way and dropped it.
+_ABSOLUTE_POSITIONS = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,19 @@ def widen(
                 parameter.copy_(tensors[f"{key}.{name}"])
         for name in plan.head:
             model.get_parameter(name).copy_(tensors[f"head.{name}"])
+    _write_for_other_readers(model.config)
     return found
+
+
+def _write_for_other_readers(config: Any) -> None:
+    """Writes config entries that other tools ask for and transformers 5 neither writes nor reads.
+
+    An entry that the base has is left: it says what the base's author meant.
+    """
+    if config.model_type in _ABSOLUTE_POSITIONS and not hasattr(config, "position_embedding_type"):
+        config.position_embedding_type = "absolute"
+    if config.model_type == "phi":
+        config.n_inner = config.intermediate_size
 
 
 def _widening(field: str, value: Any, blocks: Sequence[Ffn], before: dict[int, int], plan: Plan) -> Widening:
