@@ -39,7 +39,7 @@ from ticktune.patch.proof import (
     prove_blocks,
     residual,
 )
-from ticktune.patch.shrink import build_small, shrink
+from ticktune.patch.shrink import small_models
 
 _QUERY_OR_KEY = re.compile(r"(^|[._])(q|k|query|key)(_?(layer_?)?norm|_ln)", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec", re.IGNORECASE)
@@ -122,11 +122,18 @@ class _Key:
 
 @lru_cache(maxsize=16)
 def _detect(key: _Key) -> Detected:
+    found: tuple[list[Block], Trace, nn.Module] | None = None
     try:
-        small = build_small(key.cls, shrink(key.config))
-    except Exception as error:  # noqa: BLE001 - any class of any version may stand here, and the reason is reported
+        for small in small_models(key.cls, key.config):
+            blocks, trace = prove_blocks(small)
+            if found is None or len(blocks) > len(found[0]) or not trace.reason:
+                found = blocks, trace, small
+            if not trace.failed:
+                break  # it ran to its end, so another one would show no more
+    except ValueError as error:
         return Detected(reason=f"a small model of its class cannot be built ({first_line(error)})")
-    blocks, trace = prove_blocks(small)
+    assert found is not None
+    blocks, trace, small = found
     if not blocks:
         return Detected(reason=trace.reason)
     stacks = _Rows(small, blocks, trace).build()
@@ -211,17 +218,20 @@ class _Rows:
         return tuple(shapes)
 
     def _norms(self, members: list[tuple[Block, str]], layers: list[str]) -> dict[str, Names]:
-        """Slot -> the names that its norm has in the layers."""
+        """Slot -> the names that its norm has in the layers; a name has one slot in all of them."""
         found = [
             _LayerNorms(layer, next(block for block, where in members if where == layer), self._trace).roles()
             for layer in layers
         ]
         slots: dict[str, str] = {}
-        # The layer with the most norms tells best what each is for; a name means the same in all layers.
+        # The layers with most norms first: one that lacks the norm of its attention would call its only norm that.
         for roles in sorted(found, key=len, reverse=True):
             for slot, norm in roles.items():
                 slots.setdefault(norm, slot)
-        return {slot: tuple(n for n, s in slots.items() if s == slot) for slot in dict.fromkeys(slots.values())}
+        names: dict[str, Names] = {}
+        for norm, slot in slots.items():
+            names[slot] = (*names.get(slot, ()), norm)
+        return names
 
     def _count(self, pattern: str) -> int:
         """How many layers the lists that a pattern means have."""

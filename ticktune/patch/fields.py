@@ -5,6 +5,7 @@ memory, and what changed shape is compared with what should.
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,13 +15,21 @@ from torch import nn
 from ticktune.patch.layout import config_of, projection_size
 from ticktune.patch.proof import Block
 
+# Tried first, as each trial builds a model; a name decides nothing else.
+_LIKELY = re.compile(r"inter|ffn|mlp|ff|inner|expert|ratio|feed")
+_NEVER = re.compile(r"token_id|token_index|vocab|_id2|label|max_|dropout|_prob|_eps|_std|range")
+
 Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes_of(cls: type[nn.Module], config: Any) -> Shapes:
     """Names and shapes of the tensors that a model of a config has; on the meta device, so without memory."""
+    config = copy.deepcopy(config)
+    if isinstance(getattr(config, "dtype", None), str):
+        # Saving a model leaves the dtype's name there, and some classes want the dtype itself.
+        config.dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
-        model = cls(copy.deepcopy(config))
+        model = cls(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -43,7 +52,9 @@ def width_fields(model: nn.Module, blocks: list[Block]) -> dict[str, str]:
     }
     widths = {projection_size(modules[b.down])[0] for b in blocks if not b.experts}
     found: dict[str, str] = {}
-    for path, value in _leaves(model.config):
+    for path, value in sorted(_leaves(model.config), key=lambda leaf: _LIKELY.search(leaf[0]) is None):
+        if found.keys() >= set(owners.values()):
+            break
         for larger in _larger(value, widths):
             shapes = _shapes_with(model, path, larger)
             if shapes is None or shapes.keys() != reference.keys():
@@ -91,7 +102,7 @@ def _shapes_with(model: nn.Module, path: str, value: Any) -> Shapes | None:
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in vars(config).items():
-        if name.startswith("_"):
+        if name.startswith("_") or _NEVER.search(name):
             continue
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             continue  # a body of its own

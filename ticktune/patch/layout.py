@@ -695,7 +695,10 @@ def _ffn(shape: Shape, name: str, number: int, layer: nn.Module, body: Body, sta
         dropout,
         experts,
         body.field(shape.width or stack.width),
-        body.field(stack.bias) if stack.bias and getattr(body.config, stack.bias, None) is False else None,
+        # Experts have no place for biases, whatever the switch gives to other blocks.
+        body.field(stack.bias)
+        if stack.bias and not shape.experts and getattr(body.config, stack.bias, None) is False
+        else None,
     )
 
 

@@ -5,8 +5,9 @@ first: ``input(down) == act(out(up))``, or the gated or fused form of it. Names 
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,9 @@ _ACTIVATIONS = (
     "sigmoid", "linear",
 )  # fmt: skip
 _EXACT = 1e-6  # relative; a wrong activation is off by 1e-4 or more, a model that computes it in float32 by 1e-7
+_LARGE = 1000.0  # times what a small model computes: beyond the limits of all clamps
+_ROWS = 256  # of hidden states that are compared
+_MOST_SECONDS = 20  # of one run
 _MOST_BYTES = 1 << 31  # kept of one run; what comes after is not looked at
 
 
@@ -76,6 +80,7 @@ class Trace:
         times: Module name -> when it was called first.
         ends: Module name -> when its first call ended.
         reason: Why nothing was proved.
+        failed: Whether the run did not come to its end.
     """
 
     modules: dict[str, nn.Module]
@@ -84,6 +89,7 @@ class Trace:
     times: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
     reason: str = ""
+    failed: bool = False
 
     def within(self, prefix: str) -> "Trace":
         """The part of it that shows an inner model, by the names there."""
@@ -92,7 +98,9 @@ class Trace:
             return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
 
         modules = {"": self.modules[prefix.removesuffix(".")], **cut(self.modules)}
-        return Trace(modules, cut(self.inputs), cut(self.outputs), cut(self.times), cut(self.ends), self.reason)
+        return Trace(
+            modules, cut(self.inputs), cut(self.outputs), cut(self.times), cut(self.ends), self.reason, self.failed
+        )
 
 
 def prove_blocks(model: nn.Module) -> tuple[list[Block], Trace]:
@@ -105,10 +113,14 @@ def prove_blocks(model: nn.Module) -> tuple[list[Block], Trace]:
         The blocks in the order in which they ran, and what was seen.
     """
     trace = _run(model)
-    blocks = [*_prove_experts(model), *_prove_pairs(trace)]
+    pairs = list(_prove_pairs(trace))
+    unclamped = _without_clamps(model, pairs)
+    blocks = [*_prove_experts(model), *unclamped]
     for block in blocks:
         block.time = (trace.times.get(block.up, 0), trace.ends.get(block.down, 0))
     blocks = sorted((b for b in blocks if not _is_look_alike(b, trace.modules)), key=lambda b: b.time)
+    if not blocks and pairs and not unclamped:
+        trace.reason = "its feed-forward blocks clamp large values, or do something else to them"
     if not blocks and not trace.reason:
         trace.reason = "no pair of projections is down(act(up(x))) or its gated form, for any known activation"
     return blocks, trace
@@ -187,12 +199,14 @@ class _Recorder:
         self._kept: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._bytes = 0
         self._handles: list[Any] = []
+        self._deadline = float("inf")
         for name, module in self.trace.modules.items():
             if name:
                 self._watch(name, module)
 
     def clear(self) -> None:
-        """Forgets a run."""
+        """Forgets a run and starts another."""
+        self._deadline = time.monotonic() + _MOST_SECONDS
         self._kept.clear()
         self._bytes = 0
         for store in (self.trace.inputs, self.trace.outputs, self.trace.times, self.trace.ends):
@@ -208,6 +222,8 @@ class _Recorder:
         has_values = isinstance(module, nn.Dropout) or is_projection(module) or is_norm(module) or _is_act(module)
 
         def before(m: Any, args: Any, kwargs: Any) -> None:
+            if time.monotonic() > self._deadline:
+                raise TimeoutError(f"one run takes more than {_MOST_SECONDS} seconds")
             if name not in trace.times:
                 trace.times[name] = next(self._clock)
                 if has_values:
@@ -238,8 +254,8 @@ class _Recorder:
 
 def _run(model: nn.Module) -> Trace:
     recorder = _Recorder(model)
-    trace = recorder.trace
-    trace.reason = "no inputs are known for it"
+    trace, reason = recorder.trace, ""
+    trace.reason, trace.failed = "no inputs are known for it", True
     try:
         for arguments in example_inputs(model):
             recorder.clear()
@@ -248,9 +264,10 @@ def _run(model: nn.Module) -> Trace:
                     model(**arguments)
             except Exception as error:  # noqa: BLE001 - any class of any version may stand here
                 # What ran before the failure counts all the same: a proof is local.
-                trace.reason = f"a small model of its class does not run ({first_line(error)})"
+                reason = reason or f"a small model of its class does not run ({first_line(error)})"
+                trace.reason = reason  # of the likeliest inputs
                 continue
-            trace.reason = ""
+            trace.reason, trace.failed = "", False
             break
     finally:
         recorder.remove()
@@ -274,6 +291,26 @@ def _prove_pairs(trace: Trace) -> Iterator[Block]:
             yield block
 
 
+def _without_clamps(model: nn.Module, blocks: list[Block]) -> list[Block]:
+    """The blocks that hold on large hidden units too: some classes clamp these, which small ones do not show."""
+    if not blocks:
+        return []
+    names = {n for block in blocks for n in block.names if n != block.down}
+    parameters = [p for n in names for p in model.get_submodule(n).parameters(recurse=False) if p.is_floating_point()]
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(_LARGE)
+        trace = _run(model)
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+    return [b for b in blocks if all(n in trace.inputs and n in trace.outputs for n in b.names) and _holds(b, trace)]
+
+
+def _holds(block: Block, trace: Trace) -> bool:
+    return _Proof(trace, block.down, [n for n in block.names if n != block.down]).holds(block)
+
+
 class _Proof:
     """Looks for the projections whose activation is what went into one.
 
@@ -285,32 +322,40 @@ class _Proof:
 
     def __init__(self, trace: Trace, down: str, before: list[str]) -> None:
         self._trace, self._down, self._before = trace, down, before
-        self._inside = trace.inputs[down]
+        self._inside = _some(trace.inputs[down])
 
     def best(self) -> Block | None:
         """The block that fits best, where one fits."""
-        inside = self._inside
-        if not inside.is_floating_point() or inside.numel() == 0 or not inside.any():
-            return None
-        outer, width = projection_size(self._trace.modules[self._down])[1], inside.shape[-1]
-        found: list[tuple[float, Block]] = []
-        for up in self._before:
-            wide = self._trace.outputs[up]
-            # A feed-forward block gives what it takes; a pooler with a classifier behind it does not.
-            if projection_size(self._trace.modules[up])[0] != outer or wide.shape[:-1] != inside.shape[:-1]:
-                continue
-            if wide.shape[-1] == width:
-                found += [*self._plain(up), *self._gated(up)]
-            elif wide.shape[-1] == 2 * width:
-                found += self._fused(up)
-        error, block = min(found, key=lambda pair: pair[0], default=(float("inf"), None))
+        error, block = min(self._tries(), key=lambda pair: pair[0], default=(float("inf"), None))
         if block is None or not error < _EXACT:
             return None
         block.dropout = self._dropout()
         return block
 
+    def holds(self, block: Block) -> bool:
+        """Whether a certain block fits."""
+        wanted = replace(block, dropout=None, time=(0, 0))
+        return any(error < _EXACT and other == wanted for error, other in self._tries())
+
+    def _tries(self) -> Iterator[tuple[float, Block]]:
+        """How far off each possible block is."""
+        inside = self._inside
+        if not inside.is_floating_point() or inside.numel() == 0 or not inside.any():
+            return
+        outer, width = projection_size(self._trace.modules[self._down])[1], inside.shape[-1]
+        for up in self._before:
+            wide = _some(self._trace.outputs[up])
+            # A feed-forward block gives what it takes; a pooler with a classifier behind it does not.
+            if projection_size(self._trace.modules[up])[0] != outer or wide.shape[:-1] != inside.shape[:-1]:
+                continue
+            if wide.shape[-1] == width:
+                yield from self._plain(up)
+                yield from self._gated(up)
+            elif wide.shape[-1] == 2 * width:
+                yield from self._fused(up)
+
     def _plain(self, up: str) -> Iterator[tuple[float, Block]]:
-        for act, value in self._activated(up, self._trace.outputs[up]):
+        for act, value in self._activated(up, _some(self._trace.outputs[up])):
             if act != "=linear":
                 yield residual(value, self._inside), Block(up, self._down, act)
 
@@ -319,11 +364,11 @@ class _Proof:
         for gate in self._before:
             if gate == up or outputs[gate].shape != outputs[up].shape or not torch.equal(inputs[gate], inputs[up]):
                 continue
-            for act, value in self._activated(gate, outputs[gate]):
-                yield residual(value * outputs[up], self._inside), Block(up, self._down, act, gate=gate)
+            for act, value in self._activated(gate, _some(outputs[gate])):
+                yield residual(value * _some(outputs[up]), self._inside), Block(up, self._down, act, gate=gate)
 
     def _fused(self, up: str) -> Iterator[tuple[float, Block]]:
-        first, second = self._trace.outputs[up].chunk(2, dim=-1)
+        first, second = _some(self._trace.outputs[up]).chunk(2, dim=-1)
         for act, value in self._activated(up, first):
             yield residual(value * second, self._inside), Block(up, self._down, act, fused="gate first")
         for act, value in self._activated(up, second):
@@ -342,12 +387,17 @@ class _Proof:
             owner = self._trace.modules[parent]
             for child, module in owner.named_children():
                 seen = self._trace.outputs.get(_join(parent, child))
-                if isinstance(module, nn.Dropout) and seen is not None and seen.shape == self._inside.shape:
-                    if torch.equal(seen, self._inside):
+                if isinstance(module, nn.Dropout) and seen is not None:
+                    if torch.equal(_some(seen), self._inside):
                         return _join(parent, child)
             if isinstance(getattr(owner, "activation_dropout", None), float):
                 return _join(parent, "activation_dropout")
         return None
+
+
+def _some(values: Tensor) -> Tensor:
+    """At most a few hundred rows: as many as a proof needs, whatever the size of the image."""
+    return values.reshape(-1, values.shape[-1])[:_ROWS] if values.ndim > 1 else values
 
 
 def _own_acts(parents: dict[str, None], modules: dict[str, nn.Module]) -> Iterator[tuple[str, Act]]:
@@ -403,12 +453,15 @@ def _prove_experts(model: nn.Module) -> Iterator[Block]:
         index, weights = torch.full((5, 1), count - 1), torch.full((5, 1), 0.5, dtype=first.dtype)
         try:
             with torch.no_grad():
-                output = module(x, index, weights)
+                seen = [(scale * x, module(scale * x, index, weights)) for scale in (1, _LARGE)]
         except Exception:  # noqa: BLE001 - experts with another signature are none that we know
             continue
         for act, function in [*_own_acts({name: None}, {name: module}), *_known_acts()]:
-            units = _expert_units(x @ first[-1].T, gated, function)
-            if units is not None and residual(0.5 * units @ down[-1].T, output) < _EXACT:
+            units = [_expert_units(x @ first[-1].T, gated, function) for x, _ in seen]
+            if all(
+                u is not None and residual(0.5 * u @ down[-1].T, output) < _EXACT
+                for u, (_, output) in zip(units, seen, strict=True)
+            ):
                 yield Block(name, name, act, experts=True)
                 break
 
