@@ -310,6 +310,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "yolos": _vision(_BERT),
     "dinov2": _vision(
         _MLP_FC,
+        replace(_MLP_FC, act="mlp.activation"),
         replace(_GLU, act="mlp.activation_fn"),
         replace(_GLU, act="=silu"),
         Shape("mlp.weights_in", "mlp.weights_out", "=silu", fused="gate first"),
