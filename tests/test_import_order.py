@@ -28,6 +28,8 @@ ORDER = [
     "ticktune.patch.norms",
     "ticktune.patch.layout",
     "ticktune.patch.shrink",
+    "ticktune.patch.proof",
+    "ticktune.patch.fields",
     "ticktune.patch.detect",
     "ticktune.patch.attach",
     "ticktune.data.read",

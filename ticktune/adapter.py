@@ -19,7 +19,7 @@ from ticktune.patch.attach import (
     head_candidates,
     load_adapter_state,
 )
-from ticktune.patch.detect import shapes_of
+from ticktune.patch.fields import shapes_of
 from ticktune.quantize import is_quantized
 from ticktune.report.card import adapter_card
 

@@ -76,18 +76,37 @@ def locate_base(model: str, *, revision: str | None = None, relative_to: Path = 
     Raises:
         BaseModelError: It is not there, or has no safetensors weights.
     """
-    commit = None
+    base = _locate(model, revision, relative_to, _HUB_FILES)
+    _check_files(model, base.directory)
+    return base
+
+
+def locate_config(model: str, *, revision: str | None = None, relative_to: Path = Path()) -> BaseFiles:
+    """Finds a base of which the config is enough; downloads nothing else.
+
+    Args:
+        model: ``package:NAME``, a directory with config.json, or a Hub id.
+        revision: Hub commit, tag or branch.
+        relative_to: Directory that a relative path starts from.
+
+    Raises:
+        BaseModelError: It is not there.
+    """
+    base = _locate(model, revision, relative_to, ("config.json",))
+    if not (base.directory / "config.json").is_file():
+        raise BaseModelError("the directory has no config.json", where=f"base.model {model}")
+    return base
+
+
+def _locate(model: str, revision: str | None, relative_to: Path, files: tuple[str, ...]) -> BaseFiles:
     if model.startswith("package:"):
-        directory = _package_directory(model.removeprefix("package:"))
-    elif input_path(model, relative_to).is_dir():
-        directory = input_path(model, relative_to)
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return BaseFiles(model, _package_directory(model.removeprefix("package:")))
+    if input_path(model, relative_to).is_dir():
+        return BaseFiles(model, input_path(model, relative_to))
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise BaseModelError("there is no such directory", where=f"base.model {model}")
-    else:
-        directory = _download(model, revision)
-        commit = directory.name
-    _check_files(model, directory)
-    return BaseFiles(model, directory, commit)
+    directory = _download(model, revision, files)
+    return BaseFiles(model, directory, directory.name)
 
 
 def load_config(base: BaseFiles) -> Any:
@@ -143,6 +162,9 @@ def without_weights(base: BaseFiles, auto_class: str, config: dict[str, Any] | N
         base: Its files.
         auto_class: Name of a transformers auto class, or of a model class.
         config: Config entries that differ from the checkpoint's.
+
+    Raises:
+        BaseModelError: Its config describes no such model.
     """
     import transformers
 
@@ -150,9 +172,17 @@ def without_weights(base: BaseFiles, auto_class: str, config: dict[str, Any] | N
     for key, value in (config or {}).items():
         if key != "num_labels":
             setattr(entries, key, value)
-    with torch.device("meta"):
-        cls = getattr(transformers, auto_class)
-        model: nn.Module = cls.from_config(entries) if auto_class.startswith("Auto") else cls(entries)
+    if not hasattr(transformers, auto_class):
+        auto_class = "AutoModel"  # a class of somebody's own code; its body may still be stock
+    try:
+        with torch.device("meta"):
+            cls = getattr(transformers, auto_class)
+            model: nn.Module = cls.from_config(entries) if auto_class.startswith("Auto") else cls(entries)
+    except Exception as error:
+        raise BaseModelError(
+            f"its config describes no {auto_class} that transformers can build: {_first_line(error)}",
+            where=f"base.model {base.name}",
+        ) from error
     return model
 
 
@@ -424,7 +454,7 @@ def _package_directory(package: str) -> Path:
     return found[0]
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -433,7 +463,7 @@ def _download(model: str, revision: str | None) -> Path:
         path = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=list(_HUB_FILES),
+            allow_patterns=list(files),
             ignore_patterns=["*/*", "consolidated*"],
         )
     except (HfHubHTTPError, HFValidationError) as error:

@@ -15,6 +15,7 @@ from ticktune.export.verify import Verification, compare, stock_logits
 from ticktune.export.widen import widen
 from ticktune.files import new_directory
 from ticktune.patch.attach import adapter_state, attach_plan, attachment_of, detach, load_adapter_state
+from ticktune.patch.shrink import example_inputs
 from ticktune.quantize import MERGE_WAY_OUT, is_quantized, merge_obstacle
 
 _ROWS, _LENGTH = 4, 16
@@ -36,7 +37,7 @@ def merge(
     Args:
         model: From :func:`ticktune.attach`, trained.
         directory: A new folder; it appears as a whole, or not at all.
-        inputs: Keyword arguments of forward passes to compare on; empty: random token ids or pixels.
+        inputs: Keyword arguments of forward passes to compare on; empty: random token ids, pixels or sound.
         tokenizer: Saved beside the weights, where there is one.
         pad_to: Multiple that widths are rounded up to: a number, ``none``, or ``auto``; see
             :func:`ticktune.export.widen.widen`.
@@ -123,7 +124,10 @@ def _stock_class(model: nn.Module) -> str:
 def _random_inputs(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     config: Any = model.config
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+    main = getattr(model, "main_input_name", "input_ids")
+    if main not in ("input_ids", "pixel_values"):  # sound, which has a shape of its own in each family
+        return next(choice for choice in example_inputs(model) if main in choice)
+    if main == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         shape = (_ROWS, config.num_channels, size, size)
         return {"pixel_values": torch.randn(shape, generator=generator)}

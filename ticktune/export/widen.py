@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from ticktune.errors import ExportError
 from ticktune.patch.attach import Plan, form_of, has_tick
-from ticktune.patch.detect import find_layout, shapes_of
+from ticktune.patch.detect import find_layout
+from ticktune.patch.fields import shapes_of
 from ticktune.patch.layout import AS_LLAMA, Ffn, Layout, config_of, is_conv1d, projection_size, unshare_layers
 
 # Grouped matrix products of experts need strides of 16 bytes: 8 numbers of 2 bytes (transformers issue 48644).
 _EXPERTS_MULTIPLE = 8
 _ATTEMPTS = 300
+# CTranslate2 4.8 converts these only where the config says how positions are embedded. transformers 4 wrote it,
+# transformers 5 knows no other way and dropped it.
+_ABSOLUTE_POSITIONS = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 @dataclass(frozen=True)
@@ -61,28 +65,38 @@ def merge_obstacle(layout: Layout, plan: Plan) -> str:
         layout: The model's feed-forward blocks.
         plan: What is attached.
     """
-    for ffn in layout.ffns:
-        if not has_tick(plan, ffn):
-            continue
-        if ffn.width_field is None:
-            return (
-                f"the architecture fixes the width of its feed-forward blocks ({ffn.stack}: {ffn.width} beside "
-                f"{ffn.hidden_size} hidden units), so no stock config can describe the wider ones"
-            )
-        if form_of(plan, ffn) == "plain" and ffn.is_gated and not ffn.has_bias and ffn.bias_field is None:
-            way_out = (
-                "as a Llama it can hold them (export --merge --as llama), and gated ticks merge as they are"
-                if layout.model_type in AS_LLAMA
-                else "gated ticks merge (ticks.form: auto)"
-            )
-            return (
-                "plain ticks on gated feed-forward blocks need biases (r at the gate, 1 at up), "
-                f"and this architecture has none; {way_out}"
-            )
+    ticked = (ffn for ffn in layout.ffns if has_tick(plan, ffn))
+    return next((text for ffn in ticked if (text := block_obstacle(ffn, form_of(plan, ffn), layout.model_type))), "")
+
+
+def block_obstacle(ffn: Ffn, form: str, model_type: str) -> str:
+    """Returns why a tick of a form cannot be merged into a block, and the way out, or an empty string."""
+    if ffn.width_field is None:
+        return (
+            f"the architecture fixes the width of its feed-forward blocks ({ffn.stack}: {ffn.width} beside "
+            f"{ffn.hidden_size} hidden units), so no stock config can describe the wider ones"
+        )
+    if form == "plain" and ffn.is_gated and not ffn.has_bias and ffn.bias_field is None:
+        way_out = (
+            "as a Llama it can hold them (export --merge --as llama), and gated ticks merge as they are"
+            if model_type in AS_LLAMA
+            else "gated ticks merge (ticks.form: auto)"
+        )
+        return (
+            "plain ticks on gated feed-forward blocks need biases (r at the gate, 1 at up), "
+            f"and this architecture has none; {way_out}"
+        )
     return ""
 
 
-def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, pad_to: int | str = "auto") -> list[Widening]:
+def widen(
+    model: nn.Module,
+    plan: Plan,
+    tensors: dict[str, Tensor],
+    *,
+    pad_to: int | str = "auto",
+    layout: Layout | None = None,
+) -> list[Widening]:
     """Builds an adapter into a stock model, in place.
 
     All blocks that share a config field of width grow together; blocks without a tick get zero units. The
@@ -94,6 +108,7 @@ def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, pad_to: i
         tensors: Its tensors.
         pad_to: Multiple that the new width is rounded up to with zero units: a number, ``none``, or ``auto``:
             what divides the width before, 64 at most. Experts always get a multiple of 8, as their kernels need.
+        layout: Where the model's blocks and norms are; None: they are found here.
 
     Returns:
         What changed, for each config field of width.
@@ -103,7 +118,7 @@ def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, pad_to: i
     """
     if plan.unshare:
         unshare_layers(model)
-    layout = find_layout(model)
+    layout = layout or find_layout(model)
     obstacle = merge_obstacle(layout, plan)
     if obstacle:
         raise ExportError(f"this adapter cannot be merged: {obstacle}")
@@ -136,7 +151,19 @@ def widen(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, pad_to: i
                 parameter.copy_(tensors[f"{key}.{name}"])
         for name in plan.head:
             model.get_parameter(name).copy_(tensors[f"head.{name}"])
+    _write_for_other_readers(model.config)
     return found
+
+
+def _write_for_other_readers(config: Any) -> None:
+    """Writes config entries that other tools ask for and transformers 5 neither writes nor reads.
+
+    An entry that the base has is left: it says what the base's author meant.
+    """
+    if config.model_type in _ABSOLUTE_POSITIONS and not hasattr(config, "position_embedding_type"):
+        config.position_embedding_type = "absolute"
+    if config.model_type == "phi":
+        config.n_inner = config.intermediate_size
 
 
 def _widening(field: str, value: Any, blocks: Sequence[Ffn], before: dict[int, int], plan: Plan) -> Widening:

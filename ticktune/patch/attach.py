@@ -91,6 +91,7 @@ def attach(
     experts: Literal["each", "block"] = "each",
     unshare: bool = False,
     seed: int = 42,
+    layout: Layout | None = None,
 ) -> nn.Module:
     """Freezes a model and puts ticks, trained norms and a trained head on this instance.
 
@@ -113,6 +114,7 @@ def attach(
             where the routing weights of a token sum to one.
         unshare: Where layers share one block (ALBERT), give each its own copy and its own tick.
         seed: Seed of the ticks' initial values.
+        layout: Where its blocks and norms are; None: :func:`~ticktune.patch.detect.find_layout` finds them.
 
     Returns:
         The same model.
@@ -128,15 +130,16 @@ def attach(
     _refuse_second(model)
     shared = unshare_layers(model) if unshare else None
     try:
-        layout = find_layout(model)
+        layout = layout or find_layout(model)
         chosen = select_layers(layers, layout.sizes)
         has_ticks = dim > 0 and any(chosen.values())
+        trained = head_names(model, head, fresh)
         plan = Plan(
             form=choose_form(form, layout),
             dim=dim if has_ticks else 0,
             layers=chosen if has_ticks else {},
-            norms=select_norms(norms, norm_layers, layers, layout),
-            head=head_names(model, head, fresh),
+            norms=_outside_head(select_norms(norms, norm_layers, layers, layout), layout, model, trained),
+            head=trained,
             experts=experts,
             unshare=unshare,
         )
@@ -377,6 +380,12 @@ def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout)
         elif int(key.split(".")[1]) in chosen[stack]:
             keys.append(key)
     return keys
+
+
+def _outside_head(keys: list[str], layout: Layout, model: nn.Module, head: list[str]) -> list[str]:
+    """The norms that are no part of the trained head: BEiT's last norm stands in its pooler."""
+    owned = {id(model.get_parameter(name)) for name in head}
+    return [key for key in keys if not any(id(p) in owned for p in layout.norms[key].parameters(recurse=False))]
 
 
 def choose_form(form: str, layout: Layout) -> Form | Literal["auto"]:

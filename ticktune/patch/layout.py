@@ -136,6 +136,7 @@ def _decoder(
     layers: Names = ("layers",),
     attention: str = "input_layernorm",
     second: str = "post_attention_layernorm",
+    embedding: Names = (),
     final: str = "norm",
     width: str | None = "intermediate_size",
     bias: str | None = None,
@@ -143,7 +144,7 @@ def _decoder(
 ) -> tuple[Stack, ...]:
     """Llama and its kin; also GPT-2 and its kin under other names."""
     slots = {"attention": (attention,), "ffn": (second,), **(norms or {})}
-    return (Stack("decoder", layers, ffn or (_GLU,), width, slots, bias=bias, final=(final,)),)
+    return (Stack("decoder", layers, ffn or (_GLU,), width, slots, bias, embedding, (final,)),)
 
 
 def _gemma(norms: Norms | None = None) -> tuple[Stack, ...]:
@@ -258,7 +259,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         bias="enable_bias",
     ),
     "bloom": _decoder(
-        Shape("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl"), layers=("h",), final="ln_f", width=None
+        Shape("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl"),
+        layers=("h",),
+        embedding=("word_embeddings_layernorm",),
+        final="ln_f",
+        width=None,
     ),
     "falcon": _decoder(_MLP_4H, layers=("h",), final="ln_f", width="ffn_hidden_size", bias="bias"),
     "phi": _decoder(_MLP_FC, final="final_layernorm"),
@@ -301,10 +306,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     # Images
     "vit": _vision(),
     "deit": _vision(),
-    "beit": _vision(),
+    "beit": _vision(final=("layernorm", "pooler.layernorm")),
     "yolos": _vision(_BERT),
     "dinov2": _vision(
         _MLP_FC,
+        replace(_MLP_FC, act="mlp.activation"),
         replace(_GLU, act="mlp.activation_fn"),
         replace(_GLU, act="=silu"),
         Shape("mlp.weights_in", "mlp.weights_out", "=silu", fused="gate first"),
@@ -526,12 +532,12 @@ def add_stacks(layout: Layout, body: Body, stacks: tuple[Stack, ...]) -> None:
                 )
             layout.ffns += blocks
             for slot, names in stack.norms.items():
-                norm = _first(layer, names)
-                if norm is not None and any(True for _ in norm.parameters(recurse=False)):
+                norm = _norm(layer, names)
+                if norm is not None:
                     layout.norms[f"{name}.{number}.norm.{slot}"] = norm
         for slot, names in (("embedding", stack.embedding), ("final", stack.final)):
-            norm = _first(body.module, names)
-            if norm is not None and any(True for _ in norm.parameters(recurse=False)):
+            norm = _norm(body.module, names)
+            if norm is not None:
                 layout.norms[f"{name}.norm.{slot}"] = norm
         for path, shape in stack.aux:
             owner = _find(body.module, path)
@@ -690,7 +696,10 @@ def _ffn(shape: Shape, name: str, number: int, layer: nn.Module, body: Body, sta
         dropout,
         experts,
         body.field(shape.width or stack.width),
-        body.field(stack.bias) if stack.bias and getattr(body.config, stack.bias, None) is False else None,
+        # Experts have no place for biases, whatever the switch gives to other blocks.
+        body.field(stack.bias)
+        if stack.bias and not shape.experts and getattr(body.config, stack.bias, None) is False
+        else None,
     )
 
 
@@ -741,5 +750,7 @@ def _attribute(module: Any, name: str) -> Any:
     return module
 
 
-def _first(module: nn.Module, names: Names) -> Any:
-    return next((found for name in names if (found := _find(module, name)) is not None), None)
+def _norm(module: nn.Module, names: Names) -> nn.Module | None:
+    """The first that exists and has parameters: an nn.Identity stands where a family leaves a norm out."""
+    found = (_find(module, name) for name in names)
+    return next((norm for norm in found if norm is not None and next(norm.parameters(False), None) is not None), None)

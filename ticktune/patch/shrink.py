@@ -1,16 +1,21 @@
-"""A small random model of the same class as a given one, and inputs that it takes.
+"""Small random models of the same class as a given one, and inputs that they take.
 
-The detector traces this model instead of the user's: the same code with few, narrow layers runs in float64 in
-a moment. Only the sizes differ; every switch of the config stays as it is.
+The detector traces these instead of the user's model: the same code with few, narrow layers runs in float64 in a
+moment. Only the sizes differ; every switch of the config stays as it is. There are three ways to make a config
+small, because no one of them fits every class; which of them fits is found by trying.
 """
 
 import copy
 import inspect
+import math
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+Way = Literal["narrow", "scaled", "short", "filled"]
 
 HIDDEN, HEADS, HEAD_DIM, WIDTH = 64, 4, 16, 96
 _VOCABULARY, _POSITIONS, _LENGTH, _ROWS = 128, 64, 8, 2
@@ -69,30 +74,31 @@ _SIZES: dict[str, int] = {
         ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
         WIDTH + 32,
     ),
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_experts"),
-        4,
-    ),
+    "num_mel_bins": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "num_conv_pos_embeddings": 16,
+}  # fmt: skip
+# Numbers of things that have no part in the sizes, small in every way.
+_COUNTS: dict[str, int] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_experts"), 4),
     **dict.fromkeys(
         ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "n_group",
          "num_expert_group", "moe_top_k", "n_expert_group"),
         2,
     ),
-    **dict.fromkeys(("topk_group", "n_limited_groups"), 1),
-    "num_hash_layers": 1,
-    "first_k_dense_replace": 1,
+    **dict.fromkeys(("topk_group", "n_limited_groups", "num_hash_layers", "first_k_dense_replace"), 1),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_source_positions", "max_target_positions"),
+        _POSITIONS,
+    ),
     "vocab_size": _VOCABULARY,
-    "max_position_embeddings": _POSITIONS,
-    "n_positions": _POSITIONS,
-    "n_ctx": _POSITIONS,
-    "max_source_positions": _POSITIONS,
-    "max_target_positions": _POSITIONS,
     "num_queries": 10,
-    "num_mel_bins": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "num_conv_pos_embeddings": 16,
     "num_labels": 2,
+    "prediction_length": 4,
+    "context_length": 16,
 }  # fmt: skip
+# What a config may leave open and a model of it wants all the same.
+_FILLED = {**_COUNTS, "head_dim": HEAD_DIM, "num_key_value_heads": 2, "pad_token_id": 1}
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "swa_num_key_value_heads")
 _LAYERS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth",
@@ -100,36 +106,87 @@ _LAYERS = (
     "num_mem_blocks", "e_layers", "d_layers", "num_blocks", "memory_attention_num_layers", "n_transformer_layers",
 )  # fmt: skip
 _MOST_LAYERS = 6
+_LARGEST_DIVISOR = 16
 _LARGEST = 150_000_000  # parameters of a small model
 _AS_THEY_ARE = ("num_feat_extract_layers", "num_kv_shared_layers", "max_window_layers")
+# Of every how many layers one is of another kind.
+_PERIOD = re.compile(r"_(layer_period|layer_interval|sparse_step|n_layers|frequency)$")
+_INDICES = re.compile(r"ind(ex|ices|exes)|layers|layer_ids")
+# What is a size or a number of heads and may be divided; the second is not, or is one that the data prescribe.
+_WIDTH = re.compile(r"size|dim|heads?$|width|d_model|n_embd|inner|d_ff|channels|n_head|_rank|filters")
+_NO_WIDTH = re.compile(
+    r"head_dim|d_head|head_size|d_kv|patch|image|img|window|kernel|vocab|chunk|conv|block_size|max_|position|temporal"
+    r"|spatial|crop|codebook|pool|type|num_channels|in_channels|stride|state|group|mel|sample|batch|rotary|rope|input"
+)
 
 
-def shrink(config: Any) -> Any:
+def small_models(cls: type[nn.Module], config: Any) -> Iterator[nn.Module]:
+    """Builds small random models of a class in each way that works, the best for a proof first.
+
+    The last ones are float32: some classes mix float32 into what they compute and do not run in float64.
+
+    Args:
+        cls: A class of transformers.
+        config: The config of the large model; it is not changed.
+
+    Raises:
+        ValueError: None can be built, and why.
+    """
+    reasons: list[Exception] = []
+    built = False
+    for dtype in (torch.float64, torch.float32):
+        for way in _ways(config):
+            try:
+                model = build_small(cls, shrink(config, way, dtype=dtype), dtype=dtype)
+            except Exception as error:  # noqa: BLE001 - any class of any version may stand here
+                reasons.append(error)
+                continue
+            built = True
+            yield model
+    if not built:
+        raise ValueError(_first_line(reasons[0])) from reasons[0]
+
+
+def _ways(config: Any) -> tuple[Way, ...]:
+    return ("narrow", "scaled", "short", "filled") if _divisor(config) > 1 else ("narrow", "short", "filled")
+
+
+def shrink(config: Any, way: Way = "narrow", *, dtype: torch.dtype = torch.float64) -> Any:
     """Returns a copy of a transformers config with few, narrow layers; nested configs too.
 
     Every kind of layer that per-layer lists name is kept once, so a model of dense and sparse layers keeps both.
+
+    Args:
+        config: Is not changed.
+        way: ``narrow``: all sizes become the same few numbers; ``scaled``: they are divided by one number, so
+            their ratios stay; ``short``: they stay, and only the numbers of layers and tokens fall; ``filled``:
+            narrow, and numbers that are None in the config get a value.
+        dtype: Of the model that will be built.
     """
     config = copy.deepcopy(config)
+    divisor = _divisor(config) if way == "scaled" else 1
     for part in _parts(config):
-        _shrink_part(part)
+        _Shrinking(part, way, divisor).apply(dtype)
     return config
 
 
-def build_small(cls: type[nn.Module], config: Any, *, seed: int = 0) -> nn.Module:
-    """Builds a random float64 model of a class from a shrunk config, in evaluation mode.
+def build_small(cls: type[nn.Module], config: Any, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """Builds a random model of a class from a shrunk config, in evaluation mode.
 
     Experts are computed one by one, as the grouped kernels take no float64.
 
     Raises:
         ValueError: It is not small: its config has sizes that no rule of this file knows.
     """
+    if hasattr(config, "validate"):
+        config.validate()  # what does not fit together here could not be saved and loaded
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
     if size > _LARGEST:
         raise ValueError(f"it would still have {size / 1e6:.0f} million parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cls(config).to(torch.float64).eval()
+        model = cls(config).to(dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Zeros, as some models start their gates and norms, would hide what is computed.
@@ -163,14 +220,35 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> list[dict[str, Tensor]
             dtype = first.dtype if value.is_floating_point() else value.dtype
             found[name] = value.to(first.device, dtype)
     text = {name: value for name, value in found.items() if name.endswith("_ids") or name == "bbox"}
+    needed = [n for n, p in names.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     main = getattr(model, "main_input_name", None)
-    choices = [text, found, {main: found[main]} if main in found else {}]
+    masks = {name: value for name, value in found.items() if name.endswith("mask")}
+    plain = {name: value for name, value in found.items() if name not in masks}
+    choices = [text, {name: found[name] for name in needed if name in found}, plain, found, {**text, **masks}]
+    choices += [{main: found[main]} if main in found else {}, {n: v for n, v in found.items() if n not in text}]
     choices += [{**text, name: found[name]} for name in found if name not in text]
-    unique: list[dict[str, Tensor]] = []
+    choices = [choice for choice in choices if choice.keys() - masks.keys() and set(needed) <= choice.keys()]
+    return _unique([*choices, *(other for choice in choices for other in _other_shapes(choice))])
+
+
+def _other_shapes(choice: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The same with one more dimension for images or channels, or with time last."""
+    for name in ("pixel_values", "input_features", "input_values"):
+        if name not in choice:
+            continue
+        value = choice[name]
+        yield {**choice, name: value.unsqueeze(1)}
+        if name == "pixel_values":
+            yield {**choice, name: torch.stack([value, value.flip(0)], 1)}
+        elif value.ndim == 3:
+            yield {**choice, name: value.transpose(1, 2)}
+
+
+def _unique(choices: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    seen: dict[str, dict[str, Tensor]] = {}
     for choice in choices:
-        if choice and choice.keys() not in [other.keys() for other in unique]:
-            unique.append(choice)
-    return unique
+        seen.setdefault(str(sorted((name, value.shape) for name, value in choice.items())), choice)
+    return list(seen.values())
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -181,60 +259,140 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(value)
 
 
-def _shrink_part(config: Any) -> None:
-    entries = {k: v for k, v in vars(config).items() if not k.startswith("_")}
-    layers = next((n for k in _LAYERS if isinstance(n := entries.get(k), int) and n > 0), 0)
-    kinds = _kinds(entries, layers)
-    if hasattr(config, "dtype"):
-        config.dtype = torch.float64
-    if isinstance(entries.get("stage_names"), list):  # a backbone: only its last stage is asked for
-        config.stage_names = entries["stage_names"][: len(kinds) + 1] if layers else entries["stage_names"]
-        config._out_features, config._out_indices = config.stage_names[-1:], [len(config.stage_names) - 1]
-    for name, value in entries.items():
-        if name in ("stage_names", "dtype"):
-            continue
-        try:
-            small = _small(name, value, entries, layers, kinds)
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class _Shrinking:
+    """Makes one config small, in place.
+
+    Args:
+        config: Without those nested in it.
+        way: See :func:`shrink`.
+        divisor: Of the way ``scaled``.
+    """
+
+    def __init__(self, config: Any, way: Way, divisor: int) -> None:
+        self._config, self._way, self._divisor = config, way, divisor
+        self._is_narrow = way in ("narrow", "filled")
+        self._entries = {k: v for k, v in vars(config).items() if not k.startswith("_")}
+        self._layers = next((n for k in _LAYERS if isinstance(n := self._entries.get(k), int) and n > 0), 0)
+        spec = getattr(config, "_heterogeneity_spec", None)
+        self._overrides: dict[int, dict[str, Any]] = {} if spec is None else dict(spec.per_layer_overrides)
+        self._kept = self._kinds()
+        # Heads that differ by stage go with sizes that do, and these no rule of one size for all can know.
+        self._has_stages = any(isinstance(self._entries.get(k), list | tuple) for k in ("num_heads", "depths"))
+
+    def apply(self, dtype: torch.dtype) -> None:
+        config = self._config
+        if hasattr(config, "dtype"):
+            config.dtype = dtype
+        if self._overrides:
+            config.per_layer_config = None  # sizes of single layers; back below
+        self._shrink_stages()
+        for name, value in self._entries.items():
+            if name in ("stage_names", "dtype"):
+                continue
+            small = self._small(name, value)
             if small is not value:
-                setattr(config, name, small)
-        except (TypeError, ValueError):
-            continue  # strict configs refuse a value of another type; then it stays as it is
-        except Exception as error:
-            if "Validation" not in type(error).__name__:
-                raise
+                _set(config, name, small)
+        if self._overrides:
+            config.per_layer_config = {
+                new: {name: self._small(name, value) for name, value in self._overrides[old].items()}
+                for new, old in enumerate(self._kept)
+                if old in self._overrides
+            }
 
+    def _shrink_stages(self) -> None:
+        """A backbone names its stages, and others ask for some of them."""
+        names = self._entries.get("stage_names")
+        if not isinstance(names, list) or not self._layers or len(names) != self._layers + 1:
+            return
+        old = list(getattr(self._config, "_out_indices", None) or [])
+        self._config.stage_names = names[: len(self._kept) + 1]
+        # As many as before where there are as many: their number may be a size elsewhere.
+        count = max(1, min(len(old), len(self._kept)))
+        indices = list(range(len(self._kept) + 1 - count, len(self._kept) + 1))
+        self._config._out_indices = indices
+        self._config._out_features = [self._config.stage_names[i] for i in indices]
 
-def _kinds(entries: dict[str, Any], layers: int) -> list[int]:
-    """Numbers of the layers that are kept: the first of each kind that the per-layer lists tell apart."""
-    lists = [v for v in entries.values() if isinstance(v, list | tuple) and len(v) == layers and layers > 4]
-    if not lists:
-        return list(range(min(layers, 2)))
-    seen: dict[str, int] = {}
-    for number, kind in enumerate(zip(*lists, strict=True)):
-        seen.setdefault(repr(kind), number)
-    kept = sorted(seen.values())[:_MOST_LAYERS]
-    return kept if len(kept) > 1 else [0, 1]
+    def _kinds(self) -> list[int]:
+        """Numbers of the layers that are kept: the first of each kind that lists and periods tell apart."""
+        count = self._layers
+        if count <= 4:
+            return list(range(count))
+        signals = [list(v) for v in self._entries.values() if isinstance(v, list | tuple) and len(v) == count]
+        signals += [[i in v for i in range(count)] for k, v in self._entries.items() if self._is_indices(k, v)]
+        if self._overrides:
+            signals.append([repr(self._overrides.get(i)) for i in range(count)])
+        periods = [v for k, v in self._entries.items() if _PERIOD.search(k) and type(v) is int and 1 < v < count]
+        if periods and not signals:
+            return list(range(min(math.lcm(*periods), 8)))
+        seen: dict[str, int] = {}
+        for number, kind in enumerate(zip(*signals, strict=True) if signals else ()):
+            seen.setdefault(repr(kind), number)
+        kept = sorted(seen.values())[:_MOST_LAYERS]
+        return kept if len(kept) > 1 else [0, 1]
 
+    def _is_indices(self, name: str, value: Any) -> bool:
+        """Whether an entry is a list of numbers of layers."""
+        if not isinstance(value, list | tuple) or not value or not all(type(v) is int for v in value):
+            return False
+        is_rising = list(value) == sorted(set(value)) and 0 <= value[0] and value[-1] < self._layers
+        return is_rising and len(value) < self._layers and _INDICES.search(name) is not None
 
-def _small(name: str, value: Any, entries: dict[str, Any], layers: int, kinds: list[int]) -> Any:
-    if isinstance(value, bool) or value is None or isinstance(value, str):
+    def _small(self, name: str, value: Any) -> Any:
+        if value is None and self._way == "filled":
+            return _FILLED.get(name)
+        if isinstance(value, bool) or value is None or isinstance(value, str):
+            return value
+        if isinstance(value, list | tuple):
+            return self._small_list(name, value)
+        if isinstance(value, dict) and "mrope_section" in value and self._is_narrow:
+            return {**value, "mrope_section": self._sections(value)}
+        if isinstance(value, int):
+            return self._small_int(name, value)
         return value
-    if isinstance(value, list | tuple) and len(value) == layers and layers > 4:
-        return type(value)(value[i] for i in kinds)
-    if isinstance(value, dict) and "mrope_section" in value:
-        pairs = int(HEAD_DIM * value.get("partial_rotary_factor", 1.0)) // 2
-        parts = len(value["mrope_section"])
-        return {**value, "mrope_section": [pairs - (parts - 1) * (pairs // parts)] + [pairs // parts] * (parts - 1)}
-    if isinstance(value, int):
+
+    def _small_list(self, name: str, value: Any) -> Any:
+        if self._layers > 4 and len(value) == self._layers:
+            return type(value)(value[i] for i in self._kept)
+        if self._layers > 4 and self._is_indices(name, value):
+            return type(value)(new for new, old in enumerate(self._kept) if old in value) or type(value)([0])
+        if name in ("depths", "num_block_repeats") and all(type(v) is int for v in value):
+            return type(value)(min(v, 2) for v in value)
+        return value
+
+    def _sections(self, rope: dict[str, Any]) -> list[int]:
+        """Sections of a rotary embedding: they add up to half of the head's size."""
+        pairs, parts = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2, len(rope["mrope_section"])
+        return [pairs - (parts - 1) * (pairs // parts)] + [pairs // parts] * (parts - 1)
+
+    def _small_int(self, name: str, value: int) -> int:
         if name in _LAYERS and value > 2:
-            return len(kinds) if value == layers else 2
-        if name in _KEY_VALUE_HEADS:
-            heads = entries.get("num_attention_heads", value)
-            return HEADS if value == heads else 1 if value == 1 else 2
-        if name in _SIZES:
-            return min(value, _SIZES[name]) if value > 0 and name not in _EXACT else _SIZES[name] if value else value
+            return len(self._kept) if value == self._layers else 2
+        if name in _COUNTS:
+            return min(value, _COUNTS[name])
+        if self._way == "scaled" and name in _KEY_VALUE_HEADS:
+            return value // math.gcd(value, self._divisor)
+        if self._way == "scaled" and _is_width(name) and value % self._divisor == 0:
+            return value // self._divisor
+        if self._is_narrow and not self._has_stages:
+            if name.endswith("groups") and value == self._entries.get("hidden_size"):
+                return min(value, HIDDEN)  # a depthwise convolution
+            if name in _KEY_VALUE_HEADS:
+                heads = self._entries.get("num_attention_heads", value)
+                return HEADS if value == heads else 1 if value == 1 else 2
+            if name in _SIZES:
+                return value if value <= 0 else _SIZES[name] if name in _EXACT else min(value, _SIZES[name])
+            if name.endswith(("intermediate_size", "ffn_dim", "mlp_dim")):
+                return min(value, WIDTH)
+            if name.endswith(("hidden_size", "hidden_dim", "embed_dim")):
+                return min(value, HIDDEN)
+            if name == "image_size":
+                patch = self._entries.get("patch_size")
+                return min(value, 4 * patch if isinstance(patch, int) else 224)
         return _by_rule(name, value)
-    return value
 
 
 _EXACT = frozenset(name for name, size in _SIZES.items() if size in (HIDDEN, HEADS, HEAD_DIM, 2 * HEAD_DIM))
@@ -245,13 +403,39 @@ def _by_rule(name: str, value: int) -> int:
         return value % (_VOCABULARY // 2) + 8
     if "vocab" in name and value > _VOCABULARY:
         return _VOCABULARY
-    if name.endswith(("intermediate_size", "ffn_dim", "mlp_dim")) and value > WIDTH:
-        return WIDTH
-    if name.endswith(("hidden_size", "hidden_dim", "embed_dim")) and value > HIDDEN:
-        return HIDDEN
     if name.endswith(("_layers", "_depth")) and value > 2 and name not in _AS_THEY_ARE:
         return 2
     return value
+
+
+def _is_width(name: str) -> bool:
+    return _WIDTH.search(name) is not None and _NO_WIDTH.search(name) is None
+
+
+def _divisor(config: Any) -> int:
+    """What all hidden sizes and numbers of heads of a config can be divided by, with two heads left."""
+    found = 0
+    for part in _parts(config):
+        for name, value in vars(part).items():
+            if type(value) is not int or value < 2 or name.startswith("_") or not _is_width(name):
+                continue
+            if name in _KEY_VALUE_HEADS:
+                continue  # they may be few, and are divided as far as they can be
+            if re.search(r"heads$|n_head$", name):
+                found = math.gcd(found, max(1, value // 2))
+            elif name in ("hidden_size", "d_model", "n_embd", "embed_dim"):
+                found = math.gcd(found, value)
+    return max(math.gcd(found, _LARGEST_DIVISOR), 1)
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    try:
+        setattr(config, name, value)
+    except (TypeError, ValueError):
+        return  # strict configs refuse a value of another type; then it stays as it is
+    except Exception as error:
+        if "Validation" not in type(error).__name__:
+            raise
 
 
 def _ids(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
@@ -276,8 +460,8 @@ def _ids(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
     return ids
 
 
-def _decoder_ids(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
-    return _ids(config, names, generator)
+def _mask(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    return torch.ones(_ROWS, _LENGTH, dtype=torch.long)
 
 
 def _find(config: Any, *names: str) -> Any:
@@ -288,17 +472,39 @@ def _find(config: Any, *names: str) -> Any:
     return None
 
 
+def _number(config: Any, default: int, *names: str) -> int:
+    value = _find(config, *names)
+    return value if isinstance(value, int) else default
+
+
 def _pixels(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    if _GRIDS & set(names):
+        return _patches(config, names, generator)
     size = _find(config, "image_size", "input_size", "img_size", "pretrain_image_size")
     size = 224 if size is None else size
     height, width = (size[-2], size[-1]) if isinstance(size, list | tuple) else (size, size)
-    channels = _find(config, "num_channels", "in_chans", "in_channels", "image_channels")
-    channels = channels if isinstance(channels, int) else 3
-    frames = _find(config, "num_frames", "frames_per_clip", "frame_num")
+    channels = _number(config, 3, "num_channels", "in_chans", "in_channels", "image_channels")
     shape: tuple[int, ...] = (_ROWS, channels, height, width)
+    frames = _find(config, "num_frames", "frames_per_clip", "frame_num")
     if isinstance(frames, int) and "input_ids" not in names:
         shape = (_ROWS, frames, channels, height, width)
     return torch.randn(shape, generator=generator)
+
+
+_GRIDS = {"grid_thw", "image_grid_thw", "grid_thws", "target_sizes", "spatial_shapes"}
+_SIDE = 4  # patches of an image that is given as a row of patches
+
+
+def _patches(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    """Images of models that take them as one row of patches, with their grids beside."""
+    patch = _number(config, 14, "patch_size", "spatial_patch_size")
+    channels = _number(config, 3, "in_channels", "num_channels", "in_chans")
+    size = channels * _number(config, 1, "temporal_patch_size") * patch**2
+    return torch.randn(_ROWS * _SIDE**2, size, generator=generator)
+
+
+def _grid(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    return torch.tensor([[1, _SIDE, _SIDE]] * _ROWS)
 
 
 def _waves(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
@@ -309,24 +515,58 @@ def _waves(config: Any, names: Any, generator: torch.Generator) -> Tensor | None
 
 def _features(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
     bins = _find(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "input_size")
-    positions = _find(config, "max_source_positions")
     if not isinstance(bins, int):
         return None
-    if positions is not None and "decoder_input_ids" in names and hasattr(config, "num_mel_bins"):
-        return torch.randn(_ROWS, bins, 2 * positions, generator=generator)
-    return torch.randn(_ROWS, 64, bins, generator=generator)
+    return torch.randn(_ROWS, _frames(config), bins, generator=generator)
+
+
+def _frames(config: Any) -> int:
+    """Frames of sound; models with positions for them want twice as many, which their convolutions halve."""
+    positions = _find(config, "max_source_positions")
+    return 2 * positions if isinstance(positions, int) else 64
+
+
+def _features_mask(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    return torch.ones(_ROWS, _frames(config), dtype=torch.long)
+
+
+def _image_mask(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    return torch.ones(_ROWS, _LENGTH, 1, dtype=torch.long)
 
 
 def _boxes(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
     return torch.zeros(_ROWS, _LENGTH, 4, dtype=torch.long)
 
 
+def _queries(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    return torch.randn(_ROWS, _LENGTH, _number(config, HIDDEN, "hidden_size", "d_model"), generator=generator)
+
+
+def _series(features: str) -> Any:
+    """Makes values of time series: (rows, time) or with the number of features of a config field behind."""
+
+    def make(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+        lags = _find(config, "lags_sequence") or [0]
+        time = _number(config, 16, "context_length") + max(lags)
+        shape = (_ROWS, time, _number(config, 1, features))
+        return torch.randn(shape if features else shape[:2], generator=generator)
+
+    return make
+
+
 _INPUTS = {
     "input_ids": _ids,
-    "decoder_input_ids": _decoder_ids,
-    "qformer_input_ids": _decoder_ids,
+    "decoder_input_ids": _ids,
+    "qformer_input_ids": _ids,
     "bbox": _boxes,
     "pixel_values": _pixels,
+    **dict.fromkeys(sorted(_GRIDS - {"spatial_shapes", "target_sizes"}), _grid),
     "input_values": _waves,
     "input_features": _features,
+    "attention_mask": _mask,
+    "input_features_mask": _features_mask,
+    "image_attention_mask": _image_mask,
+    "query_embeds": _queries,
+    "hidden_states": _patches,
+    "past_values": _series("num_input_channels"),
 }

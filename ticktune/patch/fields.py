@@ -1,0 +1,127 @@
+"""Which config fields drive the width of feed-forward blocks, and which give them biases.
+
+Found by trial: a field is changed, a model of the changed config is built on the meta device, which takes no
+memory, and what changed shape is compared with what should.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ticktune.patch.layout import config_of, projection_size
+from ticktune.patch.proof import Block
+
+# Tried first, as each trial builds a model; a name decides nothing else.
+_LIKELY = re.compile(r"inter|ffn|mlp|ff|inner|expert|ratio|feed")
+_NEVER = re.compile(r"token_id|token_index|vocab|_id2|label|max_|dropout|_prob|_eps|_std|range")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(cls: type[nn.Module], config: Any) -> Shapes:
+    """Names and shapes of the tensors that a model of a config has; on the meta device, so without memory."""
+    config = copy.deepcopy(config)
+    if isinstance(getattr(config, "dtype", None), str):
+        # Saving a model leaves the dtype's name there, and some classes want the dtype itself.
+        config.dtype = getattr(torch, config.dtype)
+    with torch.device("meta"):
+        model = cls(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def width_fields(model: nn.Module, blocks: list[Block]) -> dict[str, str]:
+    """Finds the fields of width.
+
+    Args:
+        model: The small model.
+        blocks: Its proved blocks.
+
+    Returns:
+        Name of ``down`` -> the config field that drives the width of its block, and nothing but blocks.
+    """
+    reference, modules = shapes_of(type(model), model.config), dict(model.named_modules())
+    owners = {
+        f"{name}.{parameter}": block.down
+        for block in blocks
+        for name in block.names
+        for parameter, _ in modules[name].named_parameters(recurse=False)
+    }
+    widths = {projection_size(modules[b.down])[0] for b in blocks if not b.experts}
+    found: dict[str, str] = {}
+    for path, value in sorted(_leaves(model.config), key=lambda leaf: _LIKELY.search(leaf[0]) is None):
+        if found.keys() >= set(owners.values()):
+            break
+        for larger in _larger(value, widths):
+            shapes = _shapes_with(model, path, larger)
+            if shapes is None or shapes.keys() != reference.keys():
+                continue
+            changed = {n for n in shapes if shapes[n] != reference[n]}
+            # A bias of ``down`` has the outer size: where that changes, the field is not one of width.
+            if changed and changed <= owners.keys() and not any(n == f"{owners[n]}.bias" for n in changed):
+                for name in changed:
+                    found.setdefault(owners[name], path)
+                break
+    return found
+
+
+def bias_field(model: nn.Module, blocks: list[Block]) -> str | None:
+    """The config switch that gives the blocks' projections biases, and adds nothing but biases."""
+    modules = dict(model.named_modules())
+    plain = [b for b in blocks if not b.experts]
+    if not plain or all(getattr(modules[b.up], "bias", None) is not None for b in plain):
+        return None
+    reference = shapes_of(type(model), model.config)
+    wanted = {f"{n}.bias" for b in plain for n in b.names if n != b.down}
+    best: tuple[int, str] | None = None
+    for path, value in _leaves(model.config):
+        if value is not False:
+            continue
+        shapes = _shapes_with(model, path, True)
+        if shapes is None or not reference.keys() < shapes.keys():
+            continue
+        new = shapes.keys() - reference.keys()
+        is_bias = all(n.endswith(".bias") and n.rpartition(".")[0] in modules for n in new)
+        if is_bias and wanted <= new:
+            best = min(best or (1 << 30, ""), (len(new), path))
+    return best[1] if best else None
+
+
+def _shapes_with(model: nn.Module, path: str, value: Any) -> Shapes | None:
+    config = copy.deepcopy(model.config)
+    try:
+        owner, name = config_of(config, path)
+        setattr(owner, name, value)
+        return shapes_of(type(model), config)
+    except Exception:  # noqa: BLE001 - this value is not one that the model takes
+        return None
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in vars(config).items():
+        if name.startswith("_") or _NEVER.search(name):
+            continue
+        if hasattr(value, "model_type") and hasattr(value, "to_dict"):
+            continue  # a body of its own
+        yield prefix + name, value
+
+
+def _larger(value: Any, widths: set[int]) -> Iterator[Any]:
+    """Larger values of the same type to try in place of one; None stands for a width that the model chooses."""
+    if value is None:
+        yield from (width + 8 for width in sorted(widths))
+    elif isinstance(value, bool):
+        return
+    elif isinstance(value, int) and value > 0:
+        yield from (value + 8, value + 1)
+    elif isinstance(value, float):
+        yield value + 1.0
+    elif isinstance(value, list | tuple) and value:
+        if all(type(v) is int for v in value):
+            yield type(value)(v + 8 for v in value)
+            yield type(value)(v + 1 for v in value)
+        elif all(type(v) is float for v in value):
+            yield type(value)(v + 1.0 for v in value)
