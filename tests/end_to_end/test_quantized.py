@@ -208,6 +208,20 @@ def test_a_head_of_other_labels_is_drawn_anew(tmp_path: Path, tiny_bert: Path, t
     assert _tensors(tmp_path / "runs/tiny/adapter")["head.classifier.weight"].shape == (2, 32)
 
 
+def test_a_model_without_linear_projections_is_refused(tmp_path: Path, ticktune: Run) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    import tests.models as models
+
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, **ids)).save_pretrained(tmp_path / "base")
+    models.word_tokenizer().save_pretrained(tmp_path / "base")
+    recipe = classification(tmp_path, tmp_path / "base", base={"model": str(tmp_path / "base"), **INT8})
+    done = ticktune("train", recipe, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "int8 quantises linear projections" in " ".join(done.stderr.split())
+
+
 def test_bitsandbytes_on_a_cpu_is_refused_before_anything_is_read(
     tmp_path: Path, tiny_bert: Path, ticktune: Run
 ) -> None:
