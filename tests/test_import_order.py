@@ -15,6 +15,7 @@ ORDER = [
     "ticktune.console",
     "ticktune.signals",
     "ticktune.device",
+    "ticktune.quantize",
     "ticktune.registry",
     "ticktune.recipe.schema",
     "ticktune.recipe.check",

@@ -1,7 +1,6 @@
 """docs/recipe.md and docs/exit-codes.md say what the code says."""
 
 import importlib.util
-import re
 from pathlib import Path
 from types import ModuleType
 
@@ -106,9 +105,25 @@ def test_check_fails_where_a_page_differs_and_writes_nothing(
     assert (tmp_path / "recipe.md").read_text() == "old"
 
 
-def test_the_page_on_the_method_names_every_family() -> None:
+def test_the_page_on_families_is_made_from_the_committed_results() -> None:
+    import json
+
+    from benchmarks.families import page
+
+    results = ROOT / "benchmarks/results"
+    committed = [json.loads((results / name).read_text()) for name in ("families.json", "sweep.json")]
+    assert (ROOT / "docs/families.md").read_text(encoding="utf-8") == page(*committed)
+
+
+def test_the_committed_results_cover_every_row_and_no_merge_is_wrong() -> None:
+    import json
+
     from ticktune.patch.layout import FAMILIES
 
-    table = (ROOT / "docs/method.md").read_text(encoding="utf-8").partition("## Families")[2].partition("\n## ")[0]
-    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert set(re.findall(r"`(\S+)`", " ".join(first_cells))) == set(FAMILIES)
+    rows = json.loads((ROOT / "benchmarks/results/families.json").read_text())["rows"]
+    assert {body for row in rows for body in row["bodies"]} >= set(FAMILIES)
+    assert [row["case"] for row in rows if row["merges"] == "WRONG"] == []
+    assert sum(row["merges"] in ("exactly", "written as a Llama") for row in rows) >= 54
+    swept = json.loads((ROOT / "benchmarks/results/sweep.json").read_text())["types"].values()
+    assert sum(result["status"].startswith("exact") for result in swept) >= 150
+    assert not any(result["status"] == "wrong" for result in swept)

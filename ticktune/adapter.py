@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ticktune.base import BaseFiles, fingerprint, fingerprint_in_memory
+from ticktune.base import BaseFiles, fingerprint, fingerprint_in_memory, stored_quantization
 from ticktune.errors import BaseModelError, CheckpointError, PatchError
-from ticktune.files import new_directory, read_json, verify_directory, write_json, write_text
+from ticktune.files import new_directory, read_json, sha256_json, verify_directory, write_json, write_text
 from ticktune.patch.attach import (
     Plan,
     adapter_state,
@@ -16,8 +16,11 @@ from ticktune.patch.attach import (
     attachment_of,
     base_state,
     detach,
+    head_candidates,
     load_adapter_state,
 )
+from ticktune.patch.fields import shapes_of
+from ticktune.quantize import is_quantized
 from ticktune.report.card import adapter_card
 
 FORMAT = 1
@@ -31,7 +34,8 @@ class AdapterFacts:
 
     Args:
         format: Version of this format.
-        base: Name, commit and fingerprint of the base.
+        base: Name, commit and fingerprint of the base; how it was quantised for training (``quantize``); where its
+            files are quantised, by which method (``stored_quantization``) and a hash of the shapes that they stand for.
         model_class: The transformers auto class that the adapter belongs to.
         plan: Form and dim of the ticks, the layers that have one, the trained norms, the trained head.
         task: Name, state, options and columns of the task.
@@ -153,12 +157,14 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     write_adapter(Path(directory), adapter_state(model), facts, adapter_card(asdict(facts)))
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | Path, *, full_precision: bool = False) -> nn.Module:
     """Puts a saved adapter on a freshly loaded base.
 
     Args:
         model: The same base that the adapter was trained on.
         directory: The adapter folder.
+        full_precision: The adapter was trained on a base whose files are quantised, and ``model`` is the model that
+            they were made from. Only its shapes can be checked then.
 
     Returns:
         The same model, with the adapter attached.
@@ -169,36 +175,73 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """
     path = Path(directory)
     facts = read_facts(path)
-    check_base(facts, _base_facts(model, facts.plan["head"])["fingerprint"], str(directory))
+    found = _base_facts(model, facts.plan["head"])["fingerprint"]
+    stands_in = full_precision and not is_quantized(model)
+    check_base(facts, found, str(directory), shapes=shapes_fingerprint(model) if stands_in else None)
     attach_adapter(model, path, facts)
     return model
 
 
-def check_base(facts: AdapterFacts, found: str, where: str) -> None:
+def check_base(facts: AdapterFacts, found: str, where: str, *, shapes: str | None = None) -> bool:
     """Refuses another base than the one that the adapter was trained on.
+
+    Args:
+        facts: The adapter's.
+        found: Fingerprint of the base.
+        where: Names the adapter in the message.
+        shapes: From :func:`shapes_fingerprint`, of a full-precision model that may stand in for a base whose files
+            are quantised; None: nothing may.
+
+    Returns:
+        Whether it is the very same base, and no stand-in.
 
     Raises:
         BaseModelError: With both fingerprints.
     """
     expected = facts.base["fingerprint"]
-    if expected != found:
+    if expected == found:
+        return True
+    is_quantized_base = facts.base.get("stored_quantization") is not None
+    if is_quantized_base and shapes is not None:
+        if shapes == facts.base.get("shapes"):
+            return False
         raise BaseModelError(
-            f"the adapter was trained on another base: {facts.base['name']} with the fingerprint "
-            f"{expected[:16]}…, found {found[:16]}…",
+            f"the tensors of this base have other shapes than those of {facts.base['name']}, "
+            "which the adapter was trained on",
             where=where,
-            fix="use the base that is recorded in adapter.json",
+            fix="use the full-precision model that the quantised one was made from",
         )
+    raise BaseModelError(
+        f"the adapter was trained on another base: {facts.base['name']} with the fingerprint "
+        f"{expected[:16]}…, found {found[:16]}…",
+        where=where,
+        fix="use the base that is recorded in adapter.json",
+    )
+
+
+def shapes_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names and shapes of the tensors that a model of this class and config has, heads left out.
+
+    Codes of quantised weights are packed; these are the shapes of what they stand for.
+    """
+    heads = set(head_candidates(model))
+    shapes = shapes_of(type(model), model.config)
+    return sha256_json({name: list(shape) for name, shape in sorted(shapes.items()) if name not in heads})
 
 
 def _base_facts(model: nn.Module, head: list[str]) -> dict[str, Any]:
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
     directory = _files_of(name)
     if directory is not None:
-        found = fingerprint(BaseFiles(name, directory), head=head)
+        files = BaseFiles(name, directory)
+        stored = stored_quantization(files)
         return {
             "name": Path(name).name if Path(name).is_dir() else name,
             "commit": None,
-            "fingerprint": found,
+            "fingerprint": fingerprint(files, head=head),
+            "quantize": None,
+            "stored_quantization": stored,
+            "shapes": None if stored is None else shapes_fingerprint(model),
         }
     tensors = {key: tensor for key, tensor in base_state(model).items() if key not in head}
     return {"name": name, "commit": None, "fingerprint": fingerprint_in_memory(tensors)}

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import nn
 
 from ticktune.errors import BaseModelError, Problem
 from ticktune.files import input_path, sha256_json
+from ticktune.quantize import check_package, is_coded, plain_parts
 
 _DTYPES = {
     "float32": torch.float32,
@@ -57,6 +59,10 @@ def quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
+    # Where torchao is installed, transformers imports it with the first model, and that import logs which of its
+    # CUDA kernels a CPU lacks.
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def locate_base(model: str, *, revision: str | None = None, relative_to: Path = Path()) -> BaseFiles:
@@ -70,18 +76,37 @@ def locate_base(model: str, *, revision: str | None = None, relative_to: Path = 
     Raises:
         BaseModelError: It is not there, or has no safetensors weights.
     """
-    commit = None
+    base = _locate(model, revision, relative_to, _HUB_FILES)
+    _check_files(model, base.directory)
+    return base
+
+
+def locate_config(model: str, *, revision: str | None = None, relative_to: Path = Path()) -> BaseFiles:
+    """Finds a base of which the config is enough; downloads nothing else.
+
+    Args:
+        model: ``package:NAME``, a directory with config.json, or a Hub id.
+        revision: Hub commit, tag or branch.
+        relative_to: Directory that a relative path starts from.
+
+    Raises:
+        BaseModelError: It is not there.
+    """
+    base = _locate(model, revision, relative_to, ("config.json",))
+    if not (base.directory / "config.json").is_file():
+        raise BaseModelError("the directory has no config.json", where=f"base.model {model}")
+    return base
+
+
+def _locate(model: str, revision: str | None, relative_to: Path, files: tuple[str, ...]) -> BaseFiles:
     if model.startswith("package:"):
-        directory = _package_directory(model.removeprefix("package:"))
-    elif input_path(model, relative_to).is_dir():
-        directory = input_path(model, relative_to)
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return BaseFiles(model, _package_directory(model.removeprefix("package:")))
+    if input_path(model, relative_to).is_dir():
+        return BaseFiles(model, input_path(model, relative_to))
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise BaseModelError("there is no such directory", where=f"base.model {model}")
-    else:
-        directory = _download(model, revision)
-        commit = directory.name
-    _check_files(model, directory)
-    return BaseFiles(model, directory, commit)
+    directory = _download(model, revision, files)
+    return BaseFiles(model, directory, directory.name)
 
 
 def load_config(base: BaseFiles) -> Any:
@@ -124,6 +149,43 @@ def load_tokenizer(base: BaseFiles) -> Any:
     return tokenizer
 
 
+def stored_quantization(base: BaseFiles) -> str | None:
+    """Returns the method that a base's files are quantised by, as transformers calls it; None: they are not."""
+    entries = _read_config(base).get("quantization_config")
+    return str(entries.get("quant_method") or "bitsandbytes") if isinstance(entries, dict) else None
+
+
+def without_weights(base: BaseFiles, auto_class: str, config: dict[str, Any] | None = None) -> nn.Module:
+    """Builds a base's model on the meta device: shapes and names, no memory.
+
+    Args:
+        base: Its files.
+        auto_class: Name of a transformers auto class, or of a model class.
+        config: Config entries that differ from the checkpoint's.
+
+    Raises:
+        BaseModelError: Its config describes no such model.
+    """
+    import transformers
+
+    entries = load_config(base)
+    for key, value in (config or {}).items():
+        if key != "num_labels":
+            setattr(entries, key, value)
+    if not hasattr(transformers, auto_class):
+        auto_class = "AutoModel"  # a class of somebody's own code; its body may still be stock
+    try:
+        with torch.device("meta"):
+            cls = getattr(transformers, auto_class)
+            model: nn.Module = cls.from_config(entries) if auto_class.startswith("Auto") else cls(entries)
+    except Exception as error:
+        raise BaseModelError(
+            f"its config describes no {auto_class} that transformers can build: {_first_line(error)}",
+            where=f"base.model {base.name}",
+        ) from error
+    return model
+
+
 def load_model(
     base: BaseFiles,
     auto_class: str,
@@ -131,6 +193,8 @@ def load_model(
     dtype: str = "auto",
     config: dict[str, Any] | None = None,
     seed: int = 42,
+    loading: dict[str, Any] | None = None,
+    keep: Iterable[str] = (),
 ) -> tuple[nn.Module, list[str]]:
     """Loads a base under a task's model class.
 
@@ -140,6 +204,8 @@ def load_model(
         dtype: ``auto`` (the checkpoint's own) or a torch dtype's name.
         config: Config entries that differ from the checkpoint's, such as id2label.
         seed: Seed of the values of parameters that the checkpoint lacks (a fresh head).
+        loading: Further arguments of ``from_pretrained``: how to quantise, and where.
+        keep: Names of the modules that are no codes, where the files are quantised and do not hold them.
 
     Returns:
         The model in evaluation mode, and the names of the parameters that the checkpoint lacks or that do
@@ -147,10 +213,17 @@ def load_model(
 
     Raises:
         BaseModelError: It cannot be loaded, has tensors without a place, or holds a value that is not finite.
+        RecipeError: It is quantised by a package that is missing.
     """
     import transformers
 
     load_config(base)
+    method = stored_quantization(base)
+    if method is not None:
+        check_package(method, "these files are quantised and need", where=f"base.model {base.name}")
+    entries = dict(config or {})
+    if method == "bitsandbytes":
+        entries = {"config": _config_with_plain(base, entries, keep)}
     torch.manual_seed(seed)
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
@@ -160,10 +233,16 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **(config or {}),
+            **entries,
+            **(loading or {}),
         )
     except Exception as error:
-        raise BaseModelError(f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}") from error
+        # transformers 5.23 finds the codes of such files by their full names, so a body's file fits no class with a
+        # head; what it says then names neither.
+        fix = "such files open only under the class that saved them" if method == "torchao" else ""
+        raise BaseModelError(
+            f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}", fix=fix
+        ) from error
     layer_tensors = [k for k in info["unexpected_keys"] if any(part.isdigit() for part in k.split("."))]
     if layer_tensors:
         names = ", ".join(sorted(layer_tensors)[:5])
@@ -172,9 +251,12 @@ def load_model(
             where=f"base.model {base.name}",
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
-            raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
+        for part in plain_parts(parameter):
+            if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
+                raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
     mismatched = [entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]]
+    if method is not None:
+        mismatched += _fit_head(model)
     fresh = sorted({*info["missing_keys"], *mismatched} & {name for name, _ in model.named_parameters()})
     return model.eval(), fresh
 
@@ -203,8 +285,19 @@ def stored_dtype(base: BaseFiles) -> str:
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
-    largest = max(sizes, key=lambda name: sizes[name], default="F32")
-    return _SAFETENSORS_DTYPES.get(largest, "float32")
+    # Codes of quantised weights are integers and say nothing of what they stand for.
+    floating = [name for name in sizes if name in _SAFETENSORS_DTYPES]
+    return _SAFETENSORS_DTYPES[max(floating, key=lambda name: sizes[name], default="F32")]
+
+
+def stored_bytes(base: BaseFiles) -> int:
+    """Returns the size of all tensors in a base's files."""
+    return sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0]
+        for file in weight_files(base)
+        for name, entry in read_header(file).items()
+        if name != "__metadata__"
+    )
 
 
 def training_dtype(asked: str, base: BaseFiles, precision: str, device: str) -> str:
@@ -247,10 +340,52 @@ def fingerprint_in_memory(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the sorted (name, dtype, shape, bytes) of tensors in memory, for a model without files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        content = hashlib.sha256(data).hexdigest()
+        content = hashlib.sha256(b"".join(_bytes_of(part) for part in plain_parts(tensor.detach()))).hexdigest()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), content]).encode())
     return digest.hexdigest()
+
+
+def _fit_head(model: Any) -> list[str]:
+    """Draws the weights anew that do not fit; returns their names.
+
+    transformers 5.23 does not see that a weight of quantised files has other outputs than the model asks for.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not is_coded(module.weight):
+            shape = (module.out_features, module.in_features)
+            if module.weight.shape != shape:
+                values = module.weight.new_empty(shape).normal_(std=getattr(model.config, "initializer_range", 0.02))
+                module.weight = nn.Parameter(values)
+                names.append(f"{name}.weight")
+    return names
+
+
+def _config_with_plain(base: BaseFiles, entries: dict[str, Any], keep: Iterable[str]) -> Any:
+    """The config of a base that bitsandbytes quantised, where a head that the files lack is not made of codes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False, **entries)
+    headers = [read_header(file) for file in weight_files(base)]
+    coded = {
+        name.removesuffix(".weight")
+        for header in headers
+        for name, entry in header.items()
+        if name.endswith(".weight") and entry["dtype"] not in _SAFETENSORS_DTYPES
+    }
+    # A body's file leaves out the prefix that its modules have below a head.
+    plain = {name for name in keep if not any(name == c or name.endswith(f".{c}") for c in coded)}
+    quantization = config.quantization_config
+    plain |= set(quantization.get("llm_int8_skip_modules") or ())
+    quantization["llm_int8_skip_modules"] = sorted(plain) or None
+    return config
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    if not tensor.numel():
+        return b""
+    content: bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def weight_files(base: BaseFiles) -> list[Path]:
@@ -319,7 +454,7 @@ def _package_directory(package: str) -> Path:
     return found[0]
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -328,7 +463,7 @@ def _download(model: str, revision: str | None) -> Path:
         path = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=list(_HUB_FILES),
+            allow_patterns=list(files),
             ignore_patterns=["*/*", "consolidated*"],
         )
     except (HfHubHTTPError, HFValidationError) as error:

@@ -213,6 +213,10 @@ def inspect(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Override any key of a recipe.")
     ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Hub commit, tag or branch of a MODEL.")] = None,
+    dim: Annotated[
+        int, typer.Option("--dim", min=0, max=65536, help="Hidden units of the ticks that are counted on a MODEL.")
+    ] = 64,
 ) -> None:
     """Show what would be ticked and trained, whether it merges, and one decoded example; writes nothing."""
     loaded = None
@@ -224,7 +228,10 @@ def inspect(
     from ticktune import inspect as inspection
 
     console = context.obj["console"]
-    inspection.inspect_base(target, console) if loaded is None else inspection.inspect_recipe(loaded, console)
+    if loaded is None:
+        inspection.inspect_base(target, console, revision=revision, dim=dim)
+    else:
+        inspection.inspect_recipe(loaded, console)
 
 
 @app.command()

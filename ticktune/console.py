@@ -63,18 +63,26 @@ class Console:
 
         _write(sys.stderr, clean_lines(traceback.format_exc().rstrip()))
 
-    def result(self, document: dict[str, Any], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    def result(
+        self,
+        document: dict[str, Any],
+        rows: Sequence[Sequence[str]],
+        title: str = "",
+        more: Sequence[tuple[str, Sequence[Sequence[str]]]] = (),
+    ) -> None:
         """The answer of a command: a JSON document when piped or asked for, else a table.
 
         Args:
             document: What a program reads.
             rows: What a person reads, one row of cells each; the first row holds the headings.
             title: A line above the table.
+            more: Titles and rows of further tables.
         """
         if self.json:
             _write(sys.stdout, _json(document))
-        else:
-            self.table(rows, title)
+            return
+        for heading, body in ((title, rows), *more):
+            self.table(body, heading)
 
     def line(self, document: dict[str, Any], text: str) -> None:
         """One of many answers: a JSON object a line when piped, else ``text``."""

@@ -4,17 +4,24 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
-from ticktune.base import BaseFiles, load_config, locate_base, quiet_transformers, stored_dtype
+from ticktune.base import (
+    BaseFiles,
+    load_config,
+    locate_config,
+    quiet_transformers,
+    stored_bytes,
+    stored_dtype,
+    stored_quantization,
+    weight_files,
+    without_weights,
+)
 from ticktune.console import Console
-from ticktune.errors import PatchError
-from ticktune.export.widen import merge_obstacle
-from ticktune.patch.attach import adapter_parameters, attach, attachment_of, choose_form, head_candidates
-from ticktune.patch.detect import find_layout
-from ticktune.patch.layout import Layout
+from ticktune.export.widen import block_obstacle, merge_obstacle
+from ticktune.patch.attach import adapter_parameters, attach, attachment_of, head_candidates, unquantized_modules
+from ticktune.patch.layout import AS_LLAMA, Ffn, Layout
 from ticktune.prepare import prepare
+from ticktune.quantize import merge_obstacle as quantized_obstacle
+from ticktune.quantize import saved_bytes
 from ticktune.recipe.load import LoadedRecipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -35,7 +42,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
     quiet_transformers()
     prepared = prepare(loaded, console)
     recipe, task = loaded.recipe, prepared.task
-    model = _without_weights(prepared.base, task.auto_class, task.config())
+    model = without_weights(prepared.base, task.auto_class, task.config())
     attach(
         model,
         recipe.ticks.dim,
@@ -44,6 +51,8 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
         form=recipe.ticks.form,
         norm_layers=recipe.norms.layers,
         head=recipe.head.train,
+        experts=recipe.ticks.experts,
+        unshare=recipe.ticks.unshare,
     )
     record = attachment_of(model)
     obstacle = merge_obstacle(record.layout, record.plan)
@@ -52,7 +61,14 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
         counts[role] += parameter.numel()
     trained = sum(counts.values())
     base_count = sum(p.numel() for p in model.parameters()) - trained
-    memory = base_count * _BYTES[prepared.dtype] + trained * _TRAINED_BYTES
+    quantize, stored, width = recipe.base.quantize, stored_quantization(prepared.base), _BYTES[prepared.dtype]
+    if stored is not None:
+        obstacle = obstacle or quantized_obstacle(stored)
+        held = stored_bytes(prepared.base)
+    else:
+        held = base_count * width - saved_bytes(model, unquantized_modules(model), quantize, width)
+    memory = held + trained * _TRAINED_BYTES
+    how = f", quantised: {stored or quantize}" if stored or quantize != "none" else ""
     example = prepared.examples["train"].take([0])[0]
     pieces = task.show(example)
     document = {
@@ -68,6 +84,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
         "merges": not obstacle,
         "merge_obstacle": obstacle,
         "memory_bytes": memory,
+        "quantized": stored or (None if quantize == "none" else quantize),
         "compute": {"device": str(prepared.compute.device), "precision": prepared.compute.precision},
         "example": [{"kind": kind, "text": text} for kind, text in pieces],
     }
@@ -85,76 +102,175 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
             f"{trained:,} of {trained + base_count:,} parameters ({100 * trained / (trained + base_count):.2f} %)",
         ],
         ["merges", f"no: {obstacle}" if obstacle else "yes, exactly"],
-        ["device", f"{prepared.compute.device}, {prepared.compute.precision}, base held in {prepared.dtype}"],
+        ["device", f"{prepared.compute.device}, {prepared.compute.precision}, base held in {prepared.dtype}{how}"],
         ["memory", f"{memory / 1e6:.0f} MB for weights and optimizer; activations come on top"],
     ]
     rows += [[f"example: {kind}", _short(text)] for kind, text in pieces]
     console.result(document, rows, title=str(loaded.path))
 
 
-def inspect_base(name: str, console: Console) -> None:
-    """Prints what a base offers.
+def inspect_base(name: str, console: Console, *, revision: str | None = None, dim: int = 64) -> None:
+    """Prints what a base offers; its config is enough.
 
     Args:
-        name: Hub id, directory or ``package:NAME``.
+        name: Hub id, directory or ``package:NAME``; or a directory with nothing but config.json.
         console: Where to print.
+        revision: Hub commit, tag or branch.
+        dim: Hidden units of the ticks that are counted.
 
     Raises:
-        BaseModelError: It is not there, or has no known feed-forward blocks.
+        BaseModelError: It is not there.
+        PatchError: It has no feed-forward block that could be proved.
     """
     quiet_transformers()
-    base = locate_base(name)
-    architectures = getattr(load_config(base), "architectures", None) or [None]
-    model = _without_weights(base, "AutoModel" if architectures[0] is None else architectures[0], {})
-    layout = find_layout(model)
+    base = locate_config(name, revision=revision)
+    config = load_config(base)
+    class_name = next(iter(getattr(config, "architectures", None) or []), None) or "AutoModel"
+    model = without_weights(base, class_name, {})
     total = sum(p.numel() for p in model.parameters())
-    forms = {}
-    for form in ("plain", "gated"):
-        forms[form] = _merges(layout, form)
+    head = head_candidates(model)
+    attach(model, dim, head=False)
+    layout = attachment_of(model).layout
+    counts = Counter[str]()
+    for _, role, parameter in adapter_parameters(model):
+        counts["norms" if role == "norm" else "ticks"] += parameter.numel()
+    trained, dtype = sum(counts.values()), _held_dtype(base, config)
+    memory = {"frozen": total * _BYTES[dtype], "trained": trained * _TRAINED_BYTES}
+    blocks = _blocks(layout)
+    stored = stored_quantization(base)
+    obstacles = _obstacles(layout) + ([quantized_obstacle(stored)] if stored else [])
     document = {
         "base": name,
         "class": type(model).__name__,
         "parameters": total,
-        "dtype": stored_dtype(base),
+        "dtype": dtype,
+        "quantized": stored,
         "layout": _layout_facts(layout),
-        "merges": forms,
-        "head": head_candidates(model),
+        "blocks": blocks,
+        "norms": {stack: _norm_counts(layout, stack) for stack in layout.sizes},
+        "notes": layout.notes,
+        "obstacles": obstacles,
+        "head": head,
+        "dim": dim,
+        "trained_parameters": dict(counts),
+        "memory_bytes": memory,
     }
     rows = [
         ["what", "value"],
         ["class", type(model).__name__],
-        ["parameters", f"{total:,}, stored in {stored_dtype(base)}"],
-        *_layout_rows(layout),
-        ["norms", _norm_text(list(layout.norms))],
-        *[[f"{form} ticks", text] for form, text in forms.items()],
-        ["head", ", ".join(head_candidates(model)) or "none"],
+        ["parameters", f"{total:,}, held in {dtype}" + (f", quantised: {stored}" if stored else "")],
+        ["found", "; ".join(layout.notes) or "in the table of families"],
+        [
+            f"trained with dim {dim}",
+            f"{trained:,} ({100 * trained / (trained + total):.2f} %): "
+            + ", ".join(f"{role} {n:,}" for role, n in counts.items()),
+        ],
+        [
+            "memory",
+            f"{_size(memory['frozen'])} for the frozen base, {_size(memory['trained'])} for what is trained "
+            "(weights, gradients, AdamW); activations come on top",
+        ],
+        ["head", ", ".join(head) or "none"],
+        *[["does not merge", text] for text in obstacles],
     ]
-    console.result(document, rows, title=name)
+    console.result(document, rows, name, [("feed-forward blocks", _block_rows(blocks)), ("norms", _norm_rows(layout))])
 
 
-def _without_weights(base: BaseFiles, class_name: str, config: dict[str, Any]) -> nn.Module:
-    """The model on the meta device: shapes and names, no memory."""
-    import transformers
-
-    entries = load_config(base)
-    for key, value in config.items():
-        if key != "num_labels":
-            setattr(entries, key, value)
-    with torch.device("meta"):
-        cls = getattr(transformers, class_name)
-        model: nn.Module = cls.from_config(entries) if class_name.startswith("Auto") else cls(entries)
-    return model
+def _held_dtype(base: BaseFiles, config: Any) -> str:
+    """The dtype of the weights, or what the config says where there are none."""
+    if any(file.is_file() for file in weight_files(base)):
+        return stored_dtype(base)
+    named = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return named if named in _BYTES else "float32"
 
 
-def _merges(layout: Layout, form: str) -> str:
-    from ticktune.patch.attach import Plan
+def _blocks(layout: Layout) -> list[dict[str, Any]]:
+    """One entry for each kind of block in each stack."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for ffn in layout.ffns:
+        kind = (ffn.stack, ffn.slot, ffn.hidden_size, ffn.width, ffn.is_gated, ffn.count)
+        entry = found.setdefault(
+            kind,
+            {
+                "stack": ffn.stack,
+                "layers": [],
+                "hidden_size": ffn.hidden_size,
+                "width": ffn.width,
+                "experts": ffn.count if ffn.experts is not None else 0,
+                "gated": ffn.is_gated,
+                "activation": _activation_name(ffn),
+                "bias": ffn.has_bias,
+                "bias_field": ffn.bias_field,
+                "width_field": ffn.width_field,
+                "plain": _merges(ffn, "plain", layout.model_type),
+                "gated_ticks": _merges(ffn, "gated", layout.model_type),
+            },
+        )
+        entry["layers"].append(ffn.layer)
+    return list(found.values())
 
-    try:
-        plan = Plan(choose_form(form, layout), 1, {}, [], [])
-    except PatchError as error:
-        return f"no: {error}"
-    obstacle = merge_obstacle(layout, plan)
-    return f"train, but do not merge: {obstacle}" if obstacle else "merge exactly"
+
+def _merges(ffn: Ffn, form: str, model_type: str) -> str:
+    if (form == "gated") != ffn.is_gated and (form == "gated" or ffn.experts is not None):
+        return ""
+    if block_obstacle(ffn, form, model_type):
+        can_be_llama = ffn.width_field is not None and model_type in AS_LLAMA
+        return "merges with --as llama" if can_be_llama else "trains, does not merge"
+    if form == "plain" and not ffn.has_bias and ffn.bias_field is not None:
+        return f"merges, {ffn.bias_field} becomes true"
+    return "merges"
+
+
+def _obstacles(layout: Layout) -> list[str]:
+    """Why some form of ticks does not merge, each reason once."""
+    texts = [
+        block_obstacle(ffn, form, layout.model_type)
+        for ffn in layout.ffns
+        for form in ("plain", "gated")
+        if _merges(ffn, form, layout.model_type)
+    ]
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def _block_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["stack", "layers", "block", "width field", "ticks"]]
+    for entry in blocks:
+        many = f"{entry['experts']} experts, " if entry["experts"] else ""
+        kind = "gated" if entry["gated"] else "plain"
+        bias = "" if entry["bias"] else ", no biases"
+        forms = {"gated": entry["gated_ticks"], "plain": entry["plain"]}
+        rows.append(
+            [
+                entry["stack"],
+                _ranges(entry["layers"]),
+                f"{many}{entry['hidden_size']} -> {entry['width']}, {kind} {entry['activation']}{bias}",
+                entry["width_field"] or "none: fixed",
+                "\n".join(f"{form}: {text}" for form, text in forms.items() if text),
+            ]
+        )
+    return rows
+
+
+def _norm_counts(layout: Layout, stack: str) -> dict[str, int]:
+    keys = [key for key in layout.norms if key.split(".")[0] == stack]
+    return dict(Counter(key.rsplit(".", 1)[-1] for key in keys))
+
+
+def _norm_rows(layout: Layout) -> list[list[str]]:
+    rows = [["stack", "norms by role"]]
+    for stack in layout.sizes:
+        counts = _norm_counts(layout, stack)
+        rows.append([stack, ", ".join(f"{count} {slot}" for slot, count in counts.items()) or "none"])
+    return rows
+
+
+def _activation_name(ffn: Ffn) -> str:
+    name: str = getattr(ffn.act, "__name__", type(ffn.act).__name__)
+    return name.removesuffix("Activation")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _layout_facts(layout: Layout) -> dict[str, Any]:
@@ -163,10 +279,10 @@ def _layout_facts(layout: Layout) -> dict[str, Any]:
             "layers": layout.sizes[stack],
             "hidden_size": ffn.hidden_size,
             "width": ffn.width,
-            "width_field": layout.stacks[stack].width,
+            "width_field": ffn.width_field,
             "gated": ffn.is_gated,
             "bias": ffn.has_bias,
-            "activation": type(ffn.act).__name__,
+            "activation": _activation_name(ffn),
         }
         for stack in layout.stacks
         for ffn in [next(f for f in layout.ffns if f.stack == stack)]
@@ -178,14 +294,15 @@ def _layout_rows(layout: Layout) -> list[list[str]]:
     for stack, facts in _layout_facts(layout).items():
         kind = "gated" if facts["gated"] else "plain"
         bias = "with" if facts["bias"] else "without"
+        field = facts["width_field"] or "fixed by the architecture"
         rows.append(
             [
                 stack,
                 f"{facts['layers']} layers, hidden {facts['hidden_size']}, {kind} feed-forward of {facts['width']} "
-                f"({facts['activation']}, {bias} bias; {facts['width_field']})",
+                f"({facts['activation']}, {bias} bias; {field})",
             ]
         )
-    return rows
+    return rows + [["found", note] for note in layout.notes]
 
 
 def _norm_text(keys: Sequence[str]) -> str:
@@ -194,6 +311,9 @@ def _norm_text(keys: Sequence[str]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
+    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    if len(numbers) > 2 and len(steps) == 1 and steps != {1}:
+        return f"{numbers[0]}, {numbers[1]}, … {numbers[-1]}"
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][1] + 1:

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ticktune.adapter import AdapterFacts, attach_adapter, check_base, read_facts
+from ticktune.adapter import AdapterFacts, attach_adapter, check_base, read_facts, shapes_fingerprint
 from ticktune.base import (
     BaseFiles,
     check_vocabulary,
@@ -16,7 +17,9 @@ from ticktune.base import (
     load_model,
     load_tokenizer,
     locate_base,
+    stored_quantization,
     training_dtype,
+    without_weights,
 )
 from ticktune.console import Console
 from ticktune.data.batches import split_rows
@@ -27,6 +30,8 @@ from ticktune.errors import BaseModelError, DataError, Problem, RecipeError, Usa
 from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import read_json, verify_directory
 from ticktune.folder import Target
+from ticktune.patch.attach import unquantized_modules
+from ticktune.quantize import check_possible, is_coded, loading_arguments
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Data, Source
 from ticktune.registry import TASKS
@@ -83,8 +88,17 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     """
     recipe = loaded.recipe
     compute = choose_compute(recipe.training.device, recipe.training.precision)
+    check_possible(recipe.base.quantize, compute.device)
     rows = read_splits(loaded, poll)
     base = locate_base(recipe.base.model, revision=recipe.base.revision, relative_to=loaded.path.parent)
+    method = stored_quantization(base)
+    check_possible("none", compute.device, stored=method, where=f"base.model {base.name}")
+    if recipe.base.quantize != "none" and method is not None:
+        raise RecipeError(
+            f"the files of {base.name} are quantised already (by {method}), found {recipe.base.quantize}",
+            where=loaded.where("base.quantize"),
+            fix="set base.quantize: none, or name the full-precision model",
+        )
     tokenizer = load_tokenizer(base)
     train = rows["train"]
     options = TaskOptions(
@@ -161,6 +175,7 @@ class Loaded:
         compute: Device and precision.
         tokenizer_files: Folder of the tokenizer.
         base: The base's files; None for a merged folder.
+        stands_in: Whether ``base`` is a full-precision model in the place of the quantised one of training.
     """
 
     model: nn.Module
@@ -169,10 +184,16 @@ class Loaded:
     compute: Compute
     tokenizer_files: Path
     base: BaseFiles | None
+    stands_in: bool = False
 
 
 def load_target(
-    target: Target, *, base: str | None = None, compute: Compute | None = None, dtype: str | None = None
+    target: Target,
+    *,
+    base: str | None = None,
+    compute: Compute | None = None,
+    dtype: str | None = None,
+    full_precision: bool = False,
 ) -> Loaded:
     """Loads an adapter on its base, or a merged folder.
 
@@ -181,9 +202,12 @@ def load_target(
         base: The base, where the recorded one cannot be found.
         compute: Device and precision; None: the run's own.
         dtype: How weights are held; None: as in training.
+        full_precision: Do not quantise the base, though training did.
 
     Raises:
-        BaseModelError: The base is another one.
+        BaseModelError: The base is another one. A full-precision ``base`` may stand in for one whose files are
+            quantised, where its shapes fit.
+        RecipeError: This machine cannot quantise as training did.
         CheckpointError: The folder is damaged.
     """
     if base is not None and target.kind == "merged":
@@ -202,13 +226,23 @@ def load_target(
     if target.kind == "merged":
         files = BaseFiles(str(target.path), target.path)
         held = dtype or training_dtype("auto", files, "fp32", compute.device.type)
+        kind, stands_in = "none", False
     else:
         files = base_of(facts, loaded, base)
         asked = loaded.recipe.base.dtype if loaded else "auto"
         held = dtype or training_dtype(asked, files, compute.precision, compute.device.type)
-        check_base(facts, fingerprint(files, head=facts.plan["head"]), str(target.path))
+        kind = "none" if full_precision else facts.base.get("quantize") or "none"
     task = task_of(facts, load_tokenizer(files))
-    model, fresh = load_model(files, facts.model_class, dtype=held, config=task.config())
+    if target.kind == "adapter":
+        may_stand_in = base is not None and stored_quantization(files) is None
+        shapes = (
+            shapes_fingerprint(without_weights(files, facts.model_class, task.config()))
+            if may_stand_in and facts.base.get("stored_quantization") is not None
+            else None
+        )
+        found = fingerprint(files, head=facts.plan["head"])
+        stands_in = not check_base(facts, found, str(target.path), shapes=shapes)
+    model, fresh = _load(files, facts.model_class, task.config(), held, kind, compute.device)
     unknown = sorted(set(fresh) - set(facts.plan["head"] if target.kind == "adapter" else ()))
     if unknown:
         raise BaseModelError(f"the parameter {unknown[0]} is in no file: its values would be random", where=target.name)
@@ -221,6 +255,7 @@ def load_target(
         compute,
         files.directory,
         files if target.kind == "adapter" else None,
+        stands_in,
     )
 
 
@@ -259,16 +294,62 @@ def task_of(facts: AdapterFacts, tokenizer: Any) -> Task:
 
 
 def load_trainable(prepared: Prepared) -> tuple[nn.Module, list[str]]:
-    """Loads the base for training; returns it with the names of the parameters that its checkpoint lacks."""
-    model, fresh = load_model(
+    """Loads the base for training; returns it with the names of the parameters that its checkpoint lacks.
+
+    Raises:
+        BaseModelError: It cannot be loaded, or is quantised in a way that passes no gradients.
+        RecipeError: Nothing in it can be quantised as the recipe asks.
+    """
+    recipe = prepared.loaded.recipe
+    model, fresh = _load(
         prepared.base,
         prepared.task.auto_class,
-        dtype=prepared.dtype,
-        config=prepared.task.config(),
-        seed=prepared.loaded.recipe.training.seed,
+        prepared.task.config(),
+        prepared.dtype,
+        recipe.base.quantize,
+        prepared.compute.device,
+        seed=recipe.training.seed,
     )
     check_vocabulary(model, prepared.tokenizer, prepared.base)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise BaseModelError(
+            f"it is quantised by {stored_quantization(prepared.base)} in a way that passes no gradients to ticks",
+            where=f"base.model {prepared.base.name}",
+            fix="use the full-precision model, and base.quantize where memory is short",
+        )
+    if recipe.base.quantize != "none" and not any(is_coded(p) for p in model.parameters()):
+        raise RecipeError(
+            f"{recipe.base.quantize} quantises linear projections, and a {type(model).__name__} has none outside of "
+            "its head",
+            where=prepared.loaded.where("base.quantize"),
+            fix="set base.quantize: none",
+        )
     return model.to(prepared.compute.device), fresh
+
+
+def _load(
+    base: BaseFiles,
+    auto_class: str,
+    config: dict[str, Any],
+    dtype: str,
+    kind: str,
+    device: torch.device,
+    *,
+    seed: int = 42,
+) -> tuple[nn.Module, list[str]]:
+    """Loads a base, quantised as asked for, or as its files are."""
+    method = stored_quantization(base)
+    keep: list[str] = []
+    loading: dict[str, Any] = {}
+    if kind != "none" or method is not None:
+        keep = unquantized_modules(without_weights(base, auto_class, config))
+    check_possible(kind, device, stored=method, where=f"base.model {base.name}" if kind == "none" else "base.quantize")
+    if kind != "none":
+        loading = loading_arguments(kind, keep=keep, dtype=getattr(torch, dtype), device=device)
+    elif method == "bitsandbytes":
+        loading = {"device_map": {"": str(device)}}
+    return load_model(base, auto_class, dtype=dtype, config=config, seed=seed, loading=loading, keep=keep)
 
 
 def read_file(path: Path, facts: AdapterFacts, *, labelled: bool, poll: Poll = _no_poll) -> Rows:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from ticktune.data.batches import micro_batches
 from ticktune.data.read import SUFFIXES, Rows, build_rows, text_lines
 from ticktune.device import Compute
-from ticktune.errors import DataError, UsageError
+from ticktune.errors import BaseModelError, DataError, RecipeError, UsageError
 from ticktune.evaluate import compute_metrics, logits_of
-from ticktune.export.save import Evidence
+from ticktune.export.save import Evidence, drift_of
 from ticktune.folder import Target
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, load_adapter_state
-from ticktune.prepare import Loaded, encode, facts_of, read_file, read_splits
+from ticktune.prepare import Loaded, encode, facts_of, load_target, read_file, read_splits
 from ticktune.registry import TASKS
 from ticktune.tasks.task import Batch
 
@@ -144,6 +145,32 @@ def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
         decide=task.decide,
         metrics=metrics,
     )
+
+
+def drift_from_training(target: Target, base: str | None, evidence: Evidence) -> dict[str, Any]:
+    """Measures what full precision changes for an adapter that was trained on a quantised base.
+
+    Args:
+        target: The run or adapter.
+        base: The base, where the recorded one cannot be found.
+        evidence: Of the full-precision base + adapter, which the merged folder must equal.
+
+    Returns:
+        ``quantization``; ``drift``, empty where the quantised model cannot be loaded here; ``not_measured``: why.
+        An empty dict where training quantised nothing.
+    """
+    facts = facts_of(target).base
+    stored, kind = facts.get("stored_quantization"), facts.get("quantize") or "none"
+    if stored is None and kind == "none":
+        return {}
+    found: dict[str, Any] = {"quantization": stored or kind, "drift": {}, "not_measured": None}
+    try:
+        used = load_target(target, base=base if stored is None else None)
+    except (BaseModelError, RecipeError) as error:
+        return found | {"not_measured": error.problems[0].message}
+    with torch.no_grad():
+        before = [used.model(**used.compute.put(batch)).logits.float().cpu() for batch in evidence.batches]
+    return found | {"drift": drift_of(evidence, before, evidence.ours)}
 
 
 @dataclass(frozen=True)

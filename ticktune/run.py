@@ -10,11 +10,12 @@ from torch import nn
 
 from ticktune.adapter import TENSORS as ADAPTER_TENSORS
 from ticktune.adapter import read_facts, read_tensors
-from ticktune.base import load_model, load_tokenizer, quiet_transformers, stored_dtype
+from ticktune.base import BaseFiles, load_model, load_tokenizer, quiet_transformers, stored_dtype, stored_quantization
 from ticktune.console import Console, duration, figure, table_of
 from ticktune.data.read import Rows
 from ticktune.device import Compute
 from ticktune.errors import (
+    ExportError,
     Interrupted,
     MinimumMissed,
     OutputError,
@@ -22,7 +23,7 @@ from ticktune.errors import (
     UsageError,
 )
 from ticktune.evaluate import predict, score
-from ticktune.export.save import existing_export, verification_of, widening_of, write_merged
+from ticktune.export.save import existing_export, trained_on_lines, verification_of, widening_of, write_merged
 from ticktune.export.widen import merge_obstacle
 from ticktune.files import (
     check_writable,
@@ -43,8 +44,10 @@ from ticktune.prepare import (
     load_trainable,
     prepare,
 )
+from ticktune.quantize import MERGE_WAY_OUT
+from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.recipe.load import LoadedRecipe
-from ticktune.rows import evaluation_rows, evidence_of, prediction_rows
+from ticktune.rows import drift_from_training, evaluation_rows, evidence_of, prediction_rows
 from ticktune.session import Session, begin, recipe_identity
 from ticktune.signals import Signals, StopAsked, watched_signals
 
@@ -111,6 +114,12 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
     obstacle = merge_obstacle(attachment_of(model).layout, attachment_of(model).plan)
     if obstacle:
         console.warn(f"the adapter will train, but not merge: {obstacle}")
+    stored = stored_quantization(prepared.base)
+    if stored is not None:
+        console.warn(
+            f"the adapter will train, but not merge into this base: {quantized_obstacle(stored)}; {MERGE_WAY_OUT}: "
+            "ticktune export --merge --base DIR"
+        )
     _check_trainable(model)
 
     begin(prepared, model, run)
@@ -153,6 +162,7 @@ def evaluate(
     bounds = [_bound(text, True) for text in minimums] + [_bound(text, False) for text in maximums]
     rows, name = evaluation_rows(target, split, data)
     used = load_target(target, base=base)
+    _warn_stand_in(used, console)
     known = list(used.task.metrics())
     for metric, _, at_least in bounds:
         if metric not in known:
@@ -195,6 +205,7 @@ def predict_rows(
     _say_target(target, words[0] if named else None, console)
     words = words[1:] if named else words
     used = load_target(target, base=base)
+    _warn_stand_in(used, console)
     rows = prediction_rows(words, used, standard_input)
     examples = encode(used.task, rows, used.tokenizer_files, labelled=False)
     for answer in predict(used.model, used.task, examples, used.compute, _PREDICT_BATCH):
@@ -250,7 +261,7 @@ def export(
 def _export_adapter(target: Target, console: Console, output: Path | None, force: bool, base: str | None) -> None:
     facts = read_facts(target.path)
     if facts.task is not None:
-        load_target(target, base=base)
+        _warn_stand_in(load_target(target, base=base), console)
     place = target.path
     if output is not None:
         _refuse_source(output, target.path)
@@ -296,14 +307,18 @@ def _export_merged(
         console.note(f"{place}: already a verified export of this adapter")
         _say_export(place, found, console)
         return
+    _refuse_quantized(files)
     rows, split = evaluation_rows(target, data=data, else_train=True)
     if split == "train":
         console.note("there are no test or validation rows: the merged folder is compared on training rows")
     check_writable(place.absolute().parent)
     fp32 = Compute(torch.device("cpu"), "fp32")
-    used = load_target(target, base=base, compute=fp32, dtype="float32")
+    used = load_target(target, base=base, compute=fp32, dtype="float32", full_precision=True)
+    _warn_stand_in(used, console)
     signals.poll()
     evidence = evidence_of(rows, used, fp32)
+    signals.poll()
+    trained_on = drift_from_training(target, base, evidence)
     signals.poll()
     stock, _ = load_model(files, str(facts.model_class), dtype="float32", config=used.task.config())
     document = write_merged(
@@ -318,6 +333,7 @@ def _export_merged(
         pad_to=pad_to,
         express=express,
         replace=force,
+        trained_on=trained_on,
         poll=signals.poll,
     )
     if not document["verification"]["is_conclusive"]:
@@ -396,6 +412,24 @@ def _warn_changed_rows(used: Loaded, rows: Rows, name: str, console: Console) ->
         console.warn(f"the {name} rows are not those of the training run: {rows.source} has changed")
 
 
+def _refuse_quantized(files: BaseFiles) -> None:
+    method = stored_quantization(files)
+    if method is not None:
+        raise ExportError(
+            f"this adapter cannot be merged: {quantized_obstacle(method)}",
+            where=f"base.model {files.name}",
+            fix=f"{MERGE_WAY_OUT}: --base DIR",
+        )
+
+
+def _warn_stand_in(used: Loaded, console: Console) -> None:
+    if used.stands_in and used.base is not None:
+        console.warn(
+            f"the adapter was trained on the quantised base {used.facts.base['name']}; {used.base.name} stands in for "
+            "it: its shapes fit, and nothing else can be checked"
+        )
+
+
 def _refuse_source(place: Path, source: Path) -> None:
     if place.exists() and source.exists() and place.resolve() == source.resolve():
         raise UsageError("this folder is the source itself", where=str(place), fix="choose another -o")
@@ -446,5 +480,7 @@ def _say_export(place: Path, document: dict[str, Any], console: Console) -> None
         cast = document["cast"]
         rows.append([f"cast to {cast['dtype']}: max |Δ logit|", f"{cast['max_difference']:.2e}"])
         rows.append(["predictions changed by the cast", f"{cast['changed']}/{cast['decisions']}"])
+    rows += map(list, trained_on_lines(document))
     shown = {k: document[k] for k in ("dtype", "as", "pad_to", "widths", "widening", "verification", "cast")}
+    shown["trained_on"] = document.get("trained_on") or {}
     console.result({"merged": str(place), **shown}, rows)

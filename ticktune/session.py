@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ticktune import checkpoint
-from ticktune.adapter import describe_adapter, write_adapter
-from ticktune.base import fingerprint
+from ticktune.adapter import describe_adapter, shapes_fingerprint, write_adapter
+from ticktune.base import fingerprint, stored_quantization, without_weights
 from ticktune.console import Console, figure
 from ticktune.data.batches import epoch_batches, micro_batches
 from ticktune.device import Compute, describe
@@ -333,7 +333,10 @@ def _hashes(prepared: Prepared, model: nn.Module) -> dict[str, Any]:
 def _first_record(prepared: Prepared, model: nn.Module, run: RunFolder, hashes: dict[str, Any]) -> dict[str, Any]:
     trained = sum(p.numel() for _, _, p in adapter_parameters(model))
     total = sum(p.numel() for p in model.parameters())
-    base = prepared.base
+    base, task = prepared.base, prepared.task
+    stored = stored_quantization(base)
+    # Of a model without ticks: unsharing layers changes its config.
+    shapes = None if stored is None else shapes_fingerprint(without_weights(base, task.auto_class, task.config()))
     return {
         "status": "running",
         "started_at": now(),
@@ -343,6 +346,9 @@ def _first_record(prepared: Prepared, model: nn.Module, run: RunFolder, hashes: 
             "name": base.public_name,
             "commit": base.commit,
             "fingerprint": hashes["base"],
+            "quantize": prepared.loaded.recipe.base.quantize,
+            "stored_quantization": stored,
+            "shapes": shapes,
         },
         "rows": {name: len(rows) for name, rows in prepared.rows.items()},
         "trained_parameters": trained,

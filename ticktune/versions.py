@@ -11,6 +11,8 @@ _PACKAGES = (
     "safetensors",
     "torchmetrics",
     "numpy",
+    "torchao",
+    "bitsandbytes",
 )
 
 

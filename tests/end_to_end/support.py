@@ -23,7 +23,7 @@ def write_rows(folder: Path, name: str, count: int, seed: int) -> Path:
     return path
 
 
-def classification(folder: Path, base: Path, **changes: Any) -> Path:
+def classification(folder: Path, base: Path, /, **changes: Any) -> Path:
     """Writes data and a recipe for a tiny classifier that learns its task in a second; returns the recipe."""
     for name, count, seed in (("train", 93, 1), ("validation", 40, 2), ("test", 50, 3)):
         write_rows(folder, f"{name}.jsonl", count, seed)

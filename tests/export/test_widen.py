@@ -12,30 +12,50 @@ from ticktune.errors import ExportError
 from ticktune.export.widen import merge_obstacle, widen
 from ticktune.patch.attach import Plan, adapter_parameters, adapter_state, attach, attachment_of, detach
 from ticktune.patch.detect import find_layout
+from ticktune.patch.layout import config_of
 
 DIM = 5
-# Family -> config field of the width, and the width before.
-WIDTHS = dict.fromkeys(models.families(), ("intermediate_size", 82)) | {
-    "distilbert": ("hidden_dim", 82),
-    "gpt2": ("n_inner", 192),
-    "opt": ("ffn_dim", 82),
-    "t5": ("d_ff", 82),
-    "t5-gated": ("d_ff", 82),
+
+# Family -> what the fields of width become for 5 more units, where it is not intermediate_size = 82 + 5.
+# Experts need a multiple of 8; fields that are ratios grow until every block is wide enough.
+STACKS = {"encoder_ffn_dim": 82 + DIM, "decoder_ffn_dim": 70 + DIM}
+WIDTHS: dict[str, dict[str, Any]] = {
+    "distilbert": {"hidden_dim": 82 + DIM},
+    "gpt2": {"n_inner": 192 + DIM},
+    "gptj": {"n_inner": 192 + DIM},
+    "opt": {"ffn_dim": 82 + DIM},
+    "falcon": {"ffn_hidden_size": 82 + DIM},
+    "mixtral": {"intermediate_size": 88},
+    "qwen3_moe": {"moe_intermediate_size": 64, "intermediate_size": 80 + DIM},
+    "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64 + DIM},
+    **dict.fromkeys(("t5", "t5-gated", "mt5"), {"d_ff": 82 + DIM}),
+    **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "m2m_100", "detr", "whisper"), STACKS),
+    **dict.fromkeys(("dinov2", "dinov2-swiglu"), {"mlp_ratio": 3}),
+    "swin": {"mlp_ratio": (24 + DIM) / 12},
+    "segformer": {"mlp_ratios": [3, 4]},
+    **dict.fromkeys(
+        ("clip", "siglip"), {"text_config.intermediate_size": 70 + DIM, "vision_config.intermediate_size": 82 + DIM}
+    ),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), {"vision_config.intermediate_size": 82 + DIM}),
+    "clip_text_model": {"intermediate_size": 70 + DIM},
 }
+MERGING = [name for name in models.families() if name not in models.FIXED_WIDTH]
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(**batch).logits
-    return logits
+        return models.result(model(**batch))
 
 
 def _merged(
     family: str, layers: Any, **options: Any
 ) -> tuple[nn.Module, dict[str, Tensor], Plan, dict[str, int], Tensor, Tensor, Tensor]:
     """The widened model, the base's tensors, the plan, what widen said; logits of base, adapter, merged."""
-    model = models.families()[family]().double()
-    batch = models.inputs(model)
+    model = models.families()[family]()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped kernels take no float64
+    model = model.double()
+    batch = models.inputs(model, models.table()[family].kind)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attach(model, DIM, layers, **options)
     with torch.no_grad():
@@ -59,32 +79,36 @@ def _is_slice(small: Tensor, large: Tensor) -> bool:
     """Whether the base's tensor stands in the widened one, bit for bit (a fused one in its two halves)."""
     if bits(large[tuple(slice(n) for n in small.shape)]) == bits(small):
         return True
-    half = len(small) // 2
-    parts = (large[:half], large[len(large) // 2 : len(large) // 2 + half])
-    return bits(torch.cat(parts)) == bits(small)
+    axis = small.ndim - 2  # experts have their number first
+    half, whole = small.shape[axis] // 2, large.shape[axis] // 2
+    parts = torch.cat([large.narrow(axis, 0, half), large.narrow(axis, whole, half)], dim=axis)
+    return bits(parts) == bits(small)
 
 
-@pytest.mark.parametrize("family", list(models.families()))
+@pytest.mark.parametrize("family", MERGING)
 def test_merged_equals_adapter_in_fp64(family: str) -> None:
-    layers: Any = {"encoder": [2], "decoder": [0, 1]} if family in ("t5", "t5-gated", "bart") else [0, 2]
+    sizes = find_layout(models.families()[family]()).sizes
+    layers: Any = {stack: [0, size - 1] if stack != "decoder" else [0, 1] for stack, size in sizes.items()}
     model, base, plan, widths, before, ours, merged = _merged(family, layers)
-    assert float((ours - before).abs().max()) > 0.1
+    assert float((ours - before).abs().max()) > 0.05
     assert _equal(ours, merged), float((ours - merged).abs().max())
-    if family != "bart":
-        field, width = WIDTHS[family]
-        assert widths == {field: width + DIM}
-        assert getattr(model.config, field) == width + DIM
-    assert {ffn.width for ffn in find_layout(model).ffns} == set(widths.values())
+    assert widths == WIDTHS.get(family, {"intermediate_size": 82 + DIM})
+    for field, value in widths.items():
+        assert getattr(*config_of(model.config, field)) == value
 
     merged_state = model.state_dict()
-    assert merged_state.keys() == base.keys()
+    assert merged_state.keys() >= base.keys()
+    # Where plain ticks need biases, the projections get them: zero beside what the ticks bring.
+    added = merged_state.keys() - base.keys()
+    assert bool(added) == (family in ("falcon", "starcoder2"))
+    assert all(name.endswith(".bias") and not merged_state[name][:DIM].any() for name in added)
     layout = find_layout(model)
     norms = {id(p) for key in plan.norms for p in layout.norms[key].parameters()}
     own = norms | {id(model.get_parameter(name)) for name in plan.head}
     names = {name for name, p in model.named_parameters() if id(p) not in own}
     assert len(names) > len(base) / 3
     wider = 0
-    for name in names:
+    for name in names - added:
         wider += base[name].shape != merged_state[name].shape
         assert merged_state[name].dtype == base[name].dtype
         assert _is_slice(base[name], merged_state[name]), name
@@ -164,3 +188,33 @@ def test_norms_alone_widen_nothing(family: str) -> None:
 def test_tick_dropout_has_no_part_in_the_merged_model() -> None:
     *_, ours, merged = _merged("bert", "all", dropout=0.5)
     assert _equal(ours, merged)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_config_says_how_positions_are_embedded(family: str) -> None:
+    model, *_ = _merged(family, "all")
+    assert model.config.to_dict()["position_embedding_type"] == "absolute"
+
+
+def test_what_the_base_says_of_its_positions_is_left() -> None:
+    model = models.families()["bert"]()
+    model.config.position_embedding_type = "relative_key"
+    attach(model, DIM)
+    plan, tensors = attachment_of(model).plan, adapter_state(model)
+    widen(detach(model), plan, tensors)
+    assert model.config.position_embedding_type == "relative_key"
+
+
+def test_config_of_other_families_gets_no_entry_of_positions() -> None:
+    model, *_ = _merged("llama", "all")
+    assert "position_embedding_type" not in model.config.to_dict()
+
+
+def test_phi_has_its_width_under_both_names() -> None:
+    from transformers import PhiConfig, PhiForCausalLM
+
+    entries = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    model = attach(PhiForCausalLM(PhiConfig(**entries, intermediate_size=192)), DIM)
+    plan, tensors = attachment_of(model).plan, adapter_state(model)
+    widen(detach(model), plan, tensors, pad_to="none")
+    assert model.config.n_inner == model.config.intermediate_size == 192 + DIM

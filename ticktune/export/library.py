@@ -15,6 +15,8 @@ from ticktune.export.verify import Verification, compare, stock_logits
 from ticktune.export.widen import widen
 from ticktune.files import new_directory
 from ticktune.patch.attach import adapter_state, attach_plan, attachment_of, detach, load_adapter_state
+from ticktune.patch.shrink import example_inputs
+from ticktune.quantize import MERGE_WAY_OUT, is_quantized, merge_obstacle
 
 _ROWS, _LENGTH = 4, 16
 
@@ -35,7 +37,7 @@ def merge(
     Args:
         model: From :func:`ticktune.attach`, trained.
         directory: A new folder; it appears as a whole, or not at all.
-        inputs: Keyword arguments of forward passes to compare on; empty: random token ids or pixels.
+        inputs: Keyword arguments of forward passes to compare on; empty: random token ids, pixels or sound.
         tokenizer: Saved beside the weights, where there is one.
         pad_to: Multiple that widths are rounded up to: a number, ``none``, or ``auto``; see
             :func:`ticktune.export.widen.widen`.
@@ -46,10 +48,18 @@ def merge(
 
     Raises:
         PatchError: The model has no ticks.
-        ExportError: The architecture cannot hold them, or the merged folder is not equal; none is left.
+        ExportError: The architecture cannot hold them, the base is quantised, or the merged folder is not equal; none
+            is left.
         OutputError: The folder exists.
     """
     plan = attachment_of(model).plan
+    if is_quantized(model):
+        method = getattr(model, "quantization_method", None)
+        raise ExportError(
+            f"this adapter cannot be merged: {merge_obstacle(str(getattr(method, 'value', method) or 'integers'))}",
+            fix=f"{MERGE_WAY_OUT}: save_adapter(model, DIR), then load_adapter(full, DIR) and merge that; with "
+            "full_precision=True where the quantised model was loaded from files of its own",
+        )
     tensors = {key: tensor.cpu() for key, tensor in adapter_state(model).items()}
     refuse_not_finite(tensors)
     dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
@@ -114,7 +124,10 @@ def _stock_class(model: nn.Module) -> str:
 def _random_inputs(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     config: Any = model.config
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+    main = getattr(model, "main_input_name", "input_ids")
+    if main not in ("input_ids", "pixel_values"):  # sound, which has a shape of its own in each family
+        return next(choice for choice in example_inputs(model) if main in choice)
+    if main == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         shape = (_ROWS, config.num_channels, size, size)
         return {"pixel_values": torch.randn(shape, generator=generator)}

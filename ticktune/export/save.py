@@ -62,6 +62,7 @@ def write_merged(
     pad_to: str = "auto",
     express: str = "same",
     replace: bool = False,
+    trained_on: dict[str, Any] | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Merges, verifies, and writes a folder that stock transformers opens.
@@ -80,6 +81,7 @@ def write_merged(
         pad_to: See :func:`ticktune.export.widen.widen`.
         express: ``same`` architecture, or ``llama``; see :mod:`ticktune.export.express`.
         replace: Whether an existing folder is put aside.
+        trained_on: Where training held the base as codes: which, and the drift from there, for the records.
         poll: Called between the stages, so that a signal is noticed.
 
     Returns:
@@ -114,7 +116,7 @@ def write_merged(
             model.to(_DTYPES[dtype])
             _save(model, temporary)
             [cast_logits] = stock_logits([(temporary, auto_class, "auto")], evidence.batches)
-            cast = _drift(evidence, merged, cast_logits, dtype)
+            cast = _cast_drift(evidence, merged, cast_logits, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         document = {
@@ -127,10 +129,13 @@ def write_merged(
             "widening": [asdict(w) for w in widened],
             "verification": asdict(found),
             "cast": cast,
+            "trained_on": trained_on or {},
             "adapter": asdict(facts),
         }
         write_json(temporary / FACTS, document)
-        write_text(temporary / "README.md", merged_card(asdict(facts), dict(found.lines())))
+        write_text(
+            temporary / "README.md", merged_card(asdict(facts), dict([*found.lines(), *trained_on_lines(document)]))
+        )
     return document
 
 
@@ -153,6 +158,32 @@ def existing_export(
 def verification_of(document: dict[str, Any]) -> Verification:
     """The comparison that a merged folder records."""
     return Verification(**document["verification"])
+
+
+def trained_on_lines(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a merged folder records of a quantised base of training, for a person."""
+    found = document.get("trained_on") or {}
+    if not found:
+        return []
+    lines = [
+        (
+            "trained on",
+            f"a base quantised by {found['quantization']}, merged into the full-precision base; quantise the merged "
+            "folder again if you need it quantised",
+        )
+    ]
+    drift = found["drift"]
+    if not drift:
+        return [*lines, ("drift from training to merged", f"not measured: {found['not_measured']}")]
+    lines += [
+        ("max |Δ logit|, merged against the quantised model", f"{drift['max_difference']:.2e}"),
+        ("predictions changed by full precision", f"{drift['changed']}/{drift['decisions']}"),
+    ]
+    after = drift["metrics_after"]
+    return lines + [
+        (f"{name}, quantised -> merged", f"{value:.4f} -> {after[name]:.4f}")
+        for name, value in drift["metrics_before"].items()
+    ]
 
 
 def widening_of(document: dict[str, Any]) -> list[Widening]:
@@ -190,10 +221,14 @@ def _put_head(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
             model.get_parameter(name).copy_(tensors[f"head.{name}"])
 
 
-def _drift(evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor], dtype: str) -> dict[str, Any]:
-    largest = max(distance(a, b, m) for a, b, m in zip(before, after, evidence.masks, strict=True))
-    if math.isinf(largest):
-        raise ExportError(f"in {dtype} the logits are not finite", fix="export with --dtype float32")
+def drift_of(evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, Any]:
+    """What changes from one set of logits to another: largest difference, predictions, metrics.
+
+    Args:
+        evidence: Gives masks, decisions and metrics.
+        before: Logits of each of its batches.
+        after: The others.
+    """
     total = changed = 0
     for a, b, mask in zip(before, after, evidence.masks, strict=True):
         mine, theirs = evidence.decide(a.float())[0], evidence.decide(b.float())[0]
@@ -201,13 +236,18 @@ def _drift(evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor]
         total += int(counts.sum())
         changed += int(((mine != theirs) & counts).sum())
     return {
-        "dtype": dtype,
-        "max_difference": largest,
+        "max_difference": max(distance(a, b, m) for a, b, m in zip(before, after, evidence.masks, strict=True)),
         "decisions": total,
         "changed": changed,
         "metrics_before": evidence.metrics(before),
         "metrics_after": evidence.metrics(after),
     }
+
+
+def _cast_drift(evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor], dtype: str) -> dict[str, Any]:
+    if math.isinf(max(distance(a, b, m) for a, b, m in zip(before, after, evidence.masks, strict=True))):
+        raise ExportError(f"in {dtype} the logits are not finite", fix="export with --dtype float32")
+    return {"dtype": dtype, **drift_of(evidence, before, after)}
 
 
 def refuse_not_finite(tensors: dict[str, Tensor]) -> None:

@@ -24,6 +24,9 @@ from ticktune.patch.layout import AS_LLAMA, Ffn, Layout, config_of, is_conv1d, p
 # Grouped matrix products of experts need strides of 16 bytes: 8 numbers of 2 bytes (transformers issue 48644).
 _EXPERTS_MULTIPLE = 8
 _ATTEMPTS = 300
+# CTranslate2 4.8 converts these only where the config says how positions are embedded. transformers 4 wrote it,
+# transformers 5 knows no other way and dropped it.
+_ABSOLUTE_POSITIONS = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 @dataclass(frozen=True)
@@ -62,26 +65,29 @@ def merge_obstacle(layout: Layout, plan: Plan) -> str:
         layout: The model's feed-forward blocks.
         plan: What is attached.
     """
-    for ffn in layout.ffns:
-        if not has_tick(plan, ffn):
-            continue
-        if ffn.width_field is None and ffn.obstacle:
-            return f"no config field widens only the feed-forward blocks of the {ffn.stack}: {ffn.obstacle}"
-        if ffn.width_field is None:
-            return (
-                f"the architecture fixes the width of its feed-forward blocks ({ffn.stack}: {ffn.width} beside "
-                f"{ffn.hidden_size} hidden units), so no stock config can describe the wider ones"
-            )
-        if form_of(plan, ffn) == "plain" and ffn.is_gated and not ffn.has_bias and ffn.bias_field is None:
-            way_out = (
-                "as a Llama it can hold them (export --merge --as llama), and gated ticks merge as they are"
-                if layout.model_type in AS_LLAMA
-                else "gated ticks merge (ticks.form: auto)"
-            )
-            return (
-                "plain ticks on gated feed-forward blocks need biases (r at the gate, 1 at up), "
-                f"and this architecture has none; {way_out}"
-            )
+    ticked = (ffn for ffn in layout.ffns if has_tick(plan, ffn))
+    return next((text for ffn in ticked if (text := block_obstacle(ffn, form_of(plan, ffn), layout.model_type))), "")
+
+
+def block_obstacle(ffn: Ffn, form: str, model_type: str) -> str:
+    """Returns why a tick of a form cannot be merged into a block, and the way out, or an empty string."""
+    if ffn.width_field is None and ffn.obstacle:
+        return f"no config field widens only the feed-forward blocks of the {ffn.stack}: {ffn.obstacle}"
+    if ffn.width_field is None:
+        return (
+            f"the architecture fixes the width of its feed-forward blocks ({ffn.stack}: {ffn.width} beside "
+            f"{ffn.hidden_size} hidden units), so no stock config can describe the wider ones"
+        )
+    if form == "plain" and ffn.is_gated and not ffn.has_bias and ffn.bias_field is None:
+        way_out = (
+            "as a Llama it can hold them (export --merge --as llama), and gated ticks merge as they are"
+            if model_type in AS_LLAMA
+            else "gated ticks merge (ticks.form: auto)"
+        )
+        return (
+            "plain ticks on gated feed-forward blocks need biases (r at the gate, 1 at up), "
+            f"and this architecture has none; {way_out}"
+        )
     return ""
 
 
@@ -147,7 +153,19 @@ def widen(
                 parameter.copy_(tensors[f"{key}.{name}"])
         for name in plan.head:
             model.get_parameter(name).copy_(tensors[f"head.{name}"])
+    _write_for_other_readers(model.config)
     return found
+
+
+def _write_for_other_readers(config: Any) -> None:
+    """Writes config entries that other tools ask for and transformers 5 neither writes nor reads.
+
+    An entry that the base has is left: it says what the base's author meant.
+    """
+    if config.model_type in _ABSOLUTE_POSITIONS and not hasattr(config, "position_embedding_type"):
+        config.position_embedding_type = "absolute"
+    if config.model_type == "phi":
+        config.n_inner = config.intermediate_size
 
 
 def _widening(field: str, value: Any, blocks: Sequence[Ffn], before: dict[int, int], plan: Plan) -> Widening:

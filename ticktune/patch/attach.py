@@ -14,6 +14,7 @@ from ticktune.patch.detect import find_layout
 from ticktune.patch.layout import Ffn, Layout, Shared, unshare_layers
 from ticktune.patch.norms import own_parameters, train_norm
 from ticktune.patch.ticks import ExpertTicks, Form, Tick
+from ticktune.quantize import is_coded
 
 Role = Literal["Q", "r", "P", "U", "norm", "head"]
 
@@ -132,12 +133,13 @@ def attach(
         layout = layout or find_layout(model)
         chosen = select_layers(layers, layout.sizes)
         has_ticks = dim > 0 and any(chosen.values())
+        trained = head_names(model, head, fresh)
         plan = Plan(
             form=choose_form(form, layout),
             dim=dim if has_ticks else 0,
             layers=chosen if has_ticks else {},
-            norms=select_norms(norms, norm_layers, layers, layout),
-            head=head_names(model, head, fresh),
+            norms=_outside_head(select_norms(norms, norm_layers, layers, layout), layout, model, trained),
+            head=trained,
             experts=experts,
             unshare=unshare,
         )
@@ -380,6 +382,12 @@ def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout)
     return keys
 
 
+def _outside_head(keys: list[str], layout: Layout, model: nn.Module, head: list[str]) -> list[str]:
+    """The norms that are no part of the trained head: BEiT's last norm stands in its pooler."""
+    owned = {id(model.get_parameter(name)) for name in head}
+    return [key for key in keys if not any(id(p) in owned for p in layout.norms[key].parameters(recurse=False))]
+
+
 def choose_form(form: str, layout: Layout) -> Form | Literal["auto"]:
     """Returns the tick form: ``auto`` follows the model's own blocks.
 
@@ -456,6 +464,16 @@ def head_candidates(model: nn.Module) -> list[str]:
         and any(fnmatch.fnmatchcase(name.removeprefix(body_prefix), pattern) for pattern in _BODY_HEADS)
     ]
     return inside + _outside_body(model)
+
+
+def unquantized_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that no quantisation may touch: those of any head, and the pooler."""
+    inside = _body_prefix(model)
+    names = {name.rpartition(".")[0] for name in head_candidates(model)}
+    names |= {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(inside)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    names |= {name for name, module in model.named_modules() if module is output}
+    return sorted(names - {""})
 
 
 def _outside_body(model: nn.Module) -> list[str]:
@@ -536,10 +554,15 @@ def _check_plan(model: nn.Module, plan: Plan, layout: Layout) -> None:
         if key not in layout.norms:
             raise PatchError(f"this model has no norm {key}")
         own_parameters(layout.norms[key])
-    names = {name for name, _ in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     for name in plan.head:
-        if name not in names:
+        if name not in parameters:
             raise PatchError(f"this model has no head parameter {name}")
+        if is_coded(parameters[name]):
+            raise PatchError(
+                f"the head parameter {name} is quantised, so it cannot be trained",
+                fix="set head.train: false, or use a base whose head is not quantised",
+            )
 
 
 def _numbers(selection: Any, stack: str, size: int) -> list[int]:

@@ -193,6 +193,7 @@ class _Rows:
         widths = width_fields(model, blocks)
         self._fields, self._obstacles = widths.fields, widths.obstacles
         self._bias = bias_field(model, self._blocks)
+        self._is_alone = True  # whether there is one stack only, which then owns the norms around it
 
     def build(self) -> tuple[Stack, ...]:
         """The rows; none where no block lies in a list of layers."""
@@ -204,6 +205,7 @@ class _Rows:
                 aux.append(block)
             else:
                 groups.setdefault(place[0], []).append((block, place[1]))
+        self._is_alone = len(groups) == 1
         rows: list[Stack] = []
         for pattern, members in groups.items():
             row = self._row(pattern, members, aux)
@@ -298,9 +300,12 @@ class _Rows:
             and name.removeprefix(self._prefix).count(".") <= max(1, depth)
         }
         own = layers[0].removeprefix(self._prefix).split(".")[0]
-        near = {n: t for n, t in outside.items() if n.split(".")[0] == own} or outside
+        near = {n: t for n, t in outside.items() if n.split(".")[0] == own}
+        if not near and self._is_alone:
+            near = outside
         early = tuple(n for n, t in near.items() if t < first)
         late = tuple(n for n, t in near.items() if t > last)
+        late = tuple(n for n in late if not n.startswith("pooler.")) or late
         return early if len(early) == 1 else (), late[:1]
 
 
@@ -325,10 +330,14 @@ def _stack_name(pattern: str, model: nn.Module) -> str:
     for word in ("vision", "visual", "text", "audio"):
         if word in pattern:
             return "vision" if word == "visual" else word
-    config: Any = model.config
+    from transformers.models.auto import modeling_auto as auto
+
     # Of the config alone: the name stands in an adapter's keys, and must not depend on the head's class.
-    is_decoder = getattr(config, "is_decoder", None)
-    return "decoder" if (hasattr(config, "use_cache") if is_decoder is None else is_decoder) else "encoder"
+    config: Any = model.config
+    is_causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    is_decoder = getattr(config, "is_decoder", False) or (is_causal and not is_masked)
+    return "decoder" if is_decoder else "encoder"
 
 
 class _LayerNorms:

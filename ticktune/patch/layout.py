@@ -138,6 +138,7 @@ def _decoder(
     layers: Names = ("layers",),
     attention: str = "input_layernorm",
     second: str = "post_attention_layernorm",
+    embedding: Names = (),
     final: str = "norm",
     width: str | None = "intermediate_size",
     bias: str | None = None,
@@ -145,7 +146,7 @@ def _decoder(
 ) -> tuple[Stack, ...]:
     """Llama and its kin; also GPT-2 and its kin under other names."""
     slots = {"attention": (attention,), "ffn": (second,), **(norms or {})}
-    return (Stack("decoder", layers, ffn or (_GLU,), width, slots, bias=bias, final=(final,)),)
+    return (Stack("decoder", layers, ffn or (_GLU,), width, slots, bias, embedding, (final,)),)
 
 
 def _gemma(norms: Norms | None = None) -> tuple[Stack, ...]:
@@ -260,7 +261,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         bias="enable_bias",
     ),
     "bloom": _decoder(
-        Shape("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl"), layers=("h",), final="ln_f", width=None
+        Shape("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl"),
+        layers=("h",),
+        embedding=("word_embeddings_layernorm",),
+        final="ln_f",
+        width=None,
     ),
     "falcon": _decoder(_MLP_4H, layers=("h",), final="ln_f", width="ffn_hidden_size", bias="bias"),
     "phi": _decoder(_MLP_FC, final="final_layernorm"),
@@ -303,10 +308,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     # Images
     "vit": _vision(),
     "deit": _vision(),
-    "beit": _vision(),
+    "beit": _vision(final=("layernorm", "pooler.layernorm")),
     "yolos": _vision(_BERT),
     "dinov2": _vision(
         _MLP_FC,
+        replace(_MLP_FC, act="mlp.activation"),
         replace(_GLU, act="mlp.activation_fn"),
         replace(_GLU, act="=silu"),
         Shape("mlp.weights_in", "mlp.weights_out", "=silu", fused="gate first"),
@@ -530,9 +536,9 @@ def add_stacks(layout: Layout, body: Body, stacks: tuple[Stack, ...]) -> None:
                 )
             layout.ffns += blocks
             for slot, names in stack.norms.items():
-                _add_norm(layout, f"{name}.{number}.norm.{slot}", _first(layer, names))
+                _add_norm(layout, f"{name}.{number}.norm.{slot}", _norm(layer, names))
         for slot, names in (("embedding", stack.embedding), ("final", stack.final)):
-            _add_norm(layout, f"{name}.norm.{slot}", _first(body.module, names))
+            _add_norm(layout, f"{name}.norm.{slot}", _norm(body.module, names))
         layout.aux += _aux(stack, name, body)
     for stack in stacks:
         if not stack.layers:
@@ -540,10 +546,8 @@ def add_stacks(layout: Layout, body: Body, stacks: tuple[Stack, ...]) -> None:
 
 
 def _add_norm(layout: Layout, key: str, norm: nn.Module | None) -> None:
-    """Adds a norm that has parameters; one that layers or stacks share, once."""
-    if norm is None or not any(True for _ in norm.parameters(recurse=False)):
-        return
-    if not any(other is norm for other in layout.norms.values()):
+    """Adds a norm; one that layers or stacks share, once."""
+    if norm is not None and not any(other is norm for other in layout.norms.values()):
         layout.norms[key] = norm
 
 
@@ -760,5 +764,7 @@ def _attribute(module: Any, name: str) -> Any:
     return module
 
 
-def _first(module: nn.Module, names: Names) -> Any:
-    return next((found for name in names if (found := _find(module, name)) is not None), None)
+def _norm(module: nn.Module, names: Names) -> nn.Module | None:
+    """The first that exists and has parameters: an nn.Identity stands where a family leaves a norm out."""
+    found = (_find(module, name) for name in names)
+    return next((norm for norm in found if norm is not None and next(norm.parameters(False), None) is not None), None)

@@ -41,6 +41,8 @@ def check(values: dict[str, Any], recipe: Recipe | None, where: Where) -> list[P
         return problems
     _check_data(recipe, row, wrong)
     _check_training(recipe, row, wrong)
+    if recipe.base.quantize.startswith("bnb-") and recipe.training.device == "cpu":
+        wrong("base.quantize", f"{recipe.base.quantize} needs a CUDA device, found training.device cpu", "use int8")
     return problems
 
 

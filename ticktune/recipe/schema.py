@@ -139,6 +139,10 @@ class Base(Section):
     checkpoint's own; float16 on a CPU becomes float32."""
     dropout: Literal["keep", "off"] = "keep"
     """The base model's own dropout while training."""
+    quantize: Literal["none", "int8", "bnb-8bit", "bnb-4bit"] = "none"
+    """Hold the frozen linear projections as codes while training. int8: torchao, on CPUs and CUDA. bnb-8bit,
+    bnb-4bit: bitsandbytes, on CUDA. Heads, norms and embeddings stay as they are, and merging reads the
+    full-precision files again. Needs `pip install "ticktune[quantized]"`."""
 
 
 class Ticks(Section):
