@@ -133,6 +133,19 @@ def test_what_does_not_hold_on_the_real_model_is_refused() -> None:
         find_layout(model)
 
 
+def test_blocks_that_stand_in_the_layer_itself_are_checked_by_a_run_of_the_real_model() -> None:
+    import transformers as t
+
+    size: dict[str, Any] = {"d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 64}
+    heads: dict[str, Any] = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = t.BlenderbotModel(t.BlenderbotConfig(**size, **heads, encoder_ffn_dim=82, decoder_ffn_dim=70))
+    assert len(find_layout(model).ffns) == 4
+    assert model.training
+    model.encoder.layers[0].fc2.register_forward_pre_hook(lambda m, args: (args[0] * 1.01,))
+    with pytest.raises(PatchError, match="does not hold on this one"):
+        find_layout(model)
+
+
 class _Block(nn.Module):
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()

@@ -8,8 +8,9 @@ found like any other; what does not hold numerically is refused.
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from ticktune.patch.proof import (
     prove_blocks,
     residual,
 )
-from ticktune.patch.shrink import small_models
+from ticktune.patch.shrink import example_inputs, small_models
 
 _QUERY_OR_KEY = re.compile(r"(^|[._])(q|k|query|key)(_?(layer_?)?norm|_ln)", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec", re.IGNORECASE)
@@ -446,7 +447,11 @@ def _check_real(body: Body, ffns: list[Ffn]) -> None:
 
 
 def _run_block(body: Body, ffn: Ffn) -> dict[str, Tensor]:
-    """What the innermost module that holds a block shows on random hidden states, without dropout."""
+    """What a block's projections show on random input, without dropout.
+
+    The innermost module that holds the block runs on hidden states; where that is a whole layer, which wants more
+    than these, the model runs on inputs of its own.
+    """
     names = {id(module): name for name, module in body.model.named_modules()}
     owner = body.model.get_submodule(common_parent([names[id(ffn.up)], names[id(ffn.down)]]))
     seen: dict[str, Tensor] = {}
@@ -456,14 +461,19 @@ def _run_block(body: Body, ffn: Ffn) -> dict[str, Tensor]:
         for key, module in watched.items()
     ]
     handles.append(ffn.down.register_forward_pre_hook(lambda m, args: seen.__setitem__("down", args[0])))
-    training = [module for module in owner.modules() if module.training]
+    training = [module for module in body.model.modules() if module.training]
     x = torch.randn(1, 4, ffn.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = x.to(ffn.device, next(ffn.down.parameters()).dtype)
+    runs = [partial(owner, x), *(partial(body.model, **choice) for choice in example_inputs(body.model))]
     try:
-        owner.eval()
-        with torch.no_grad():
-            owner(x.to(ffn.device, next(ffn.down.parameters()).dtype))
-    except Exception:  # noqa: BLE001 - a block without a module of its own: its layer wants more than hidden states
-        seen.clear()
+        body.model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for run in runs:
+                seen.clear()
+                with suppress(Exception):  # it may want other inputs; what ran before it failed counts all the same
+                    run()
+                if {"up", "down"} <= seen.keys():
+                    break
     finally:
         for module in training:
             module.training = True
