@@ -93,6 +93,7 @@ def table() -> dict[str, Family]:
         "xlm-roberta": texts(t.XLMRobertaConfig(**encoder)),
         "camembert": texts(t.CamembertConfig(**encoder)),
         "electra": texts(t.ElectraConfig(**encoder, embedding_size=HIDDEN)),
+        "ernie": texts(t.ErnieConfig(**encoder)),
         "deberta-v2": texts(t.DebertaV2Config(**encoder)),
         "mpnet": texts(t.MPNetConfig(**encoder)),
         "distilbert": texts(

@@ -137,25 +137,27 @@ def test_a_copy_computes_alike_and_detaching_returns_the_base(quantized: nn.Modu
 
 
 @torchao
-@pytest.mark.parametrize("family", ["llama", "t5", "phi3", "ernie"])
+@pytest.mark.parametrize("family", ["llama", "t5", "phi3", "roformer"])
 def test_other_families_and_detected_ones_take_ticks_beside_codes(family: str, tmp_path: Path) -> None:
     import transformers as t
 
-    if family == "ernie":  # in no table: its blocks are found by proof
-        config = t.ErnieConfig(
+    if family == "roformer":  # in no table: its blocks are found by proof
+        config = t.RoFormerConfig(
             hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=82, vocab_size=64
         )
         model: Any = t.AutoModelForSequenceClassification.from_config(config)
     else:
         model = models.families()[family]()
     model.save_pretrained(tmp_path)
-    auto = "AutoModelForSequenceClassification" if family == "ernie" else models.table()[family].auto
+    auto = "AutoModelForSequenceClassification" if family == "roformer" else models.table()[family].auto
     quantized = load_int8(tmp_path, auto)
     assert codes(quantized)
     batch = models.inputs(quantized)
     before = _logits(quantized, batch)
     ticktune.attach(quantized, dim=4)
     assert attachment_of(quantized).ticks
+    by_proof = any("numerical proof" in note for note in attachment_of(quantized).layout.notes)
+    assert by_proof == (family == "roformer")
     assert bits(_logits(quantized, batch)) == bits(before)
     models.perturb(p for _, role, p in adapter_parameters(quantized) if role == "P")
     quantized(**batch).logits.square().sum().backward()

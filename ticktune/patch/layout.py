@@ -219,6 +219,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "xlm-roberta": _encoder(),
     "camembert": _encoder(),
     "electra": _encoder(),
+    "ernie": _encoder(),
     "deberta-v2": _encoder(),
     "mpnet": _encoder(attention=("attention.LayerNorm",)),
     "distilbert": _encoder(
