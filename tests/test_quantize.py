@@ -156,6 +156,8 @@ def test_other_families_and_detected_ones_take_ticks_beside_codes(family: str, t
     before = _logits(quantized, batch)
     ticktune.attach(quantized, dim=4)
     assert attachment_of(quantized).ticks
+    by_proof = any("numerical proof" in note for note in attachment_of(quantized).layout.notes)
+    assert by_proof == (family == "roformer")
     assert bits(_logits(quantized, batch)) == bits(before)
     models.perturb(p for _, role, p in adapter_parameters(quantized) if role == "P")
     quantized(**batch).logits.square().sum().backward()
