@@ -261,7 +261,7 @@ def page(families: dict[str, Any], swept: dict[str, Any]) -> str:
         f"{families['seconds']} s."
     )
     parts += [SWEEP.format(transformers=swept["versions"]["transformers"]), _counts(swept)]
-    exact = sorted(n for n, r in swept["types"].items() if r["status"].startswith("exact"))
+    exact = sorted(n for n, r in swept["types"].items() if r["status"] == "exact")
     parts.append(f"Exact: {', '.join(f'`{name}`' for name in exact)}.")
     parts += [REFUSED, _reasons(swept)]
     return "\n\n".join(parts) + "\n"
