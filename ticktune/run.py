@@ -332,6 +332,7 @@ def _export_merged(
         adapter_sha256=identity,
         pad_to=pad_to,
         express=express,
+        keep_exact=own_dtype == stored_dtype(files),
         replace=force,
         trained_on=trained_on,
         poll=signals.poll,

@@ -347,3 +347,54 @@ def test_a_fixed_width_is_said_before_training() -> None:
     model = attach(models.families()["bloom"](), DIM)
     record = attachment_of(model)
     assert "fixes the width" in merge_obstacle(record.layout, record.plan)
+
+
+# What has no block gets no tick, and says so
+
+
+def _hybrid() -> nn.Module:
+    """Layers of different kinds; some have no feed-forward block."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.NemotronHConfig(
+        hidden_size=48,
+        vocab_size=64,
+        layers_block_type=["mamba", "mlp", "attention", "mlp"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        intermediate_size=82,
+        mamba_num_heads=4,
+        mamba_head_dim=12,
+        n_groups=1,
+        ssm_state_size=8,
+    )
+    return t.NemotronHForCausalLM(config).eval()
+
+
+def test_layers_without_a_block_are_named_and_not_in_the_plan() -> None:
+    model = attach(_hybrid(), DIM)
+    record = attachment_of(model)
+    blocks = [ffn.layer for ffn in record.layout.ffns]
+    assert 0 < len(blocks) < 4
+    assert list(record.plan.layers.values()) == [blocks]
+    assert any("without a feed-forward block get no tick" in note for note in record.layout.notes)
+
+
+def test_ticks_only_where_there_is_no_block_are_refused() -> None:
+    model = _hybrid()
+    ticked = {ffn.layer for ffn in find_layout(model).ffns}
+    with pytest.raises(PatchError, match="none of the chosen layers has a feed-forward block"):
+        attach(model, DIM, [i for i in range(4) if i not in ticked], norms="none")
+    assert attachment_of(model, missing_ok=True) is None
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_ticks_of_a_model_without_memory_take_none() -> None:
+    import transformers as t
+
+    with torch.device("meta"):
+        model = t.MixtralForCausalLM(models.table()["mixtral"].config)
+    attach(model, DIM)
+    assert {p.device.type for _, role, p in adapter_parameters(model) if role != "norm"} == {"meta"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import ExportError
-from ticktune.export.save import express_as_llama, refuse_not_finite
+from ticktune.export.save import cast_model, express_as_llama, not_exact_in, refuse_not_finite
 from ticktune.export.verify import Verification, compare, stock_logits
 from ticktune.export.widen import widen
 from ticktune.files import new_directory
@@ -62,7 +62,7 @@ def merge(
         )
     tensors = {key: tensor.cpu() for key, tensor in adapter_state(model).items()}
     refuse_not_finite(tensors)
-    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    dtype = _most_frequent_dtype(model)
     stock = detach(copy.deepcopy(model).cpu()).float().eval()
     _stock_class(stock)
     with torch.no_grad():
@@ -81,7 +81,8 @@ def merge(
         attach_plan(stock, plan)
         load_adapter_state(stock, tensors)
         ours = _logits(stock, batches)
-        widen(detach(stock), plan, tensors, pad_to=pad_to)
+        exact = not_exact_in(detach(stock), dtype) - set(plan.head)
+        widen(stock, plan, tensors, pad_to=pad_to)
         final = temporary if dtype == torch.float32 else Path(name) / "merged"
         stock.save_pretrained(final)
         reloaded, merged = stock_logits(
@@ -89,13 +90,23 @@ def merge(
         )
         found = compare(ours, merged, base, reloaded, [None] * len(batches), _argmax)
         if dtype != torch.float32:
-            stock.to(dtype).save_pretrained(temporary)
+            cast_model(stock, dtype, exact)
+            stock.save_pretrained(temporary)
             [cast] = stock_logits([(temporary, stock_class, "auto")], batches)
             if not all(torch.isfinite(logits).all() for logits in cast):
                 raise ExportError(f"the merged model's logits are not finite in {dtype}")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return found
+
+
+def _most_frequent_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most of the values that are not trained; float32 where all are."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def write_merged(
     adapter_sha256: str,
     pad_to: str = "auto",
     express: str = "same",
+    keep_exact: bool = False,
     replace: bool = False,
     trained_on: dict[str, Any] | None = None,
     poll: Callable[[], None] = lambda: None,
@@ -80,6 +81,8 @@ def write_merged(
         adapter_sha256: Recorded, to recognise the same export again.
         pad_to: See :func:`ticktune.export.widen.widen`.
         express: ``same`` architecture, or ``llama``; see :mod:`ticktune.export.express`.
+        keep_exact: Whether base tensors that ``dtype`` would round keep float32: those that the base's own files
+            hold in a wider dtype than most, such as the biases of some routers.
         replace: Whether an existing folder is put aside.
         trained_on: Where training held the base as codes: which, and the drift from there, for the records.
         poll: Called between the stages, so that a signal is noticed.
@@ -103,6 +106,7 @@ def write_merged(
         if express == "llama":
             model = express_as_llama(model)
         _save(model, control)
+        exact = not_exact_in(model, _DTYPES[dtype]) - set(plan.head) if keep_exact else set[str]()
         widened = widen(model, plan, tensors, pad_to=pad_to)
         final = temporary if dtype == "float32" else whole
         _save(model, final)
@@ -113,7 +117,7 @@ def write_merged(
         found = compare(evidence.ours, merged, evidence.base, reloaded, evidence.masks, evidence.decide)
         cast: dict[str, Any] = {}
         if dtype != "float32":
-            model.to(_DTYPES[dtype])
+            cast_model(model, _DTYPES[dtype], exact)
             _save(model, temporary)
             [cast_logits] = stock_logits([(temporary, auto_class, "auto")], evidence.batches)
             cast = _cast_drift(evidence, merged, cast_logits, dtype)
@@ -248,6 +252,25 @@ def _cast_drift(evidence: Evidence, before: Sequence[Tensor], after: Sequence[Te
     if math.isinf(max(distance(a, b, m) for a, b, m in zip(before, after, evidence.masks, strict=True))):
         raise ExportError(f"in {dtype} the logits are not finite", fix="export with --dtype float32")
     return {"dtype": dtype, **drift_of(evidence, before, after)}
+
+
+def not_exact_in(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Returns the names of the tensors that a dtype cannot hold without rounding."""
+    return {
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+    }
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype, exact: Collection[str]) -> None:
+    """Casts a model in place, except for the tensors that must stay as they are."""
+    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name in exact}
+    model.to(dtype)
+    for name, tensor in kept.items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        getattr(owner, leaf).data = tensor
 
 
 def refuse_not_finite(tensors: dict[str, Tensor]) -> None:

@@ -131,8 +131,8 @@ def attach(
     shared = unshare_layers(model) if unshare else None
     try:
         layout = layout or find_layout(model)
-        chosen = select_layers(layers, layout.sizes)
-        has_ticks = dim > 0 and any(chosen.values())
+        chosen = _with_block(select_layers(layers, layout.sizes), layout) if dim > 0 else {}
+        has_ticks = any(chosen.values())
         trained = head_names(model, head, fresh)
         plan = Plan(
             form=choose_form(form, layout),
@@ -408,6 +408,25 @@ def choose_form(form: str, layout: Layout) -> Form | Literal["auto"]:
     if form == "auto" and len(kinds) == 1:
         return "gated" if kinds == {True} else "plain"
     return form  # type: ignore[return-value]  # one of the three words
+
+
+def _with_block(chosen: dict[str, list[int]], layout: Layout) -> dict[str, list[int]]:
+    """The chosen layers that have a feed-forward block; the layout's notes name the others.
+
+    Raises:
+        PatchError: None of them has one.
+    """
+    having = {(ffn.stack, ffn.layer) for ffn in layout.ffns}
+    found = {stack: [n for n in numbers if (stack, n) in having] for stack, numbers in chosen.items()}
+    without = {stack: [n for n in numbers if (stack, n) not in having] for stack, numbers in chosen.items()}
+    text = "; ".join(f"{stack} {', '.join(map(str, numbers))}" for stack, numbers in without.items() if numbers)
+    if text and not any(found.values()):
+        raise PatchError(
+            f"none of the chosen layers has a feed-forward block: {text}", fix="choose others with ticks.layers"
+        )
+    if text:
+        layout.notes.append(f"layers without a feed-forward block get no tick: {text}")
+    return found
 
 
 def has_tick(plan: Plan, ffn: Ffn) -> bool:

@@ -65,7 +65,7 @@ def find_layout(model: nn.Module, *, families: Families = FAMILIES) -> Layout:
     """
     bodies = find_bodies(model)
     layout = Layout(model_type=bodies[0].model_type)
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     for body in bodies:
         stacks = families.get(body.model_type)
         before = len(layout.ffns)
@@ -76,17 +76,19 @@ def find_layout(model: nn.Module, *, families: Families = FAMILIES) -> Layout:
         if not found.stacks and body is not bodies[0]:
             found = _detect_inside(bodies[0], body) or found
         if not found.stacks:
-            reasons.append(f"{body.model_type}: {found.reason}")
+            reasons[body.name] = f"{body.model_type}: {found.reason}"
             continue
         layout.notes.append(f"the feed-forward blocks of {body.model_type} were found by numerical proof")
         add_stacks(layout, body, found.stacks)
         _check_real(body, layout.ffns[before:])
     if not layout.ffns:
-        reason = "; ".join(reasons) or f"this {type(model).__name__} has none of the layers of its family"
+        reason = "; ".join(reasons.values()) or f"this {type(model).__name__} has none of the layers of its family"
         raise PatchError(
             f"no feed-forward block was found: {reason}",
-            fix="the families that need no detection are in docs/families.md",
+            fix="train norms or the head alone in another way, or use a model that docs/families.md lists",
         )
+    # The outermost model of several towers has no layers of its own, as a rule.
+    layout.notes += [f"no ticks in the {name}: {reason}" for name, reason in reasons.items() if name]
     return layout
 
 

@@ -104,6 +104,8 @@ class Tick(nn.Module):
         self._input: Tensor | None = None
 
         def uniform() -> nn.Parameter:
+            if torch.device(device).type == "meta":  # values would take memory, and be thrown away
+                return nn.Parameter(torch.empty(dim, hidden_size, device=device))
             bound = 1 / math.sqrt(hidden_size)
             values = torch.empty(dim, hidden_size).uniform_(-bound, bound, generator=generator)
             return nn.Parameter(values.to(device))
