@@ -122,7 +122,7 @@ def load_config(base: BaseFiles) -> Any:
         raise BaseModelError("this model needs code of its own, which is never run", where=f"base.model {base.name}")
     try:
         return AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # whatever a damaged config meets in transformers' own checks
         raise BaseModelError(
             f"its config cannot be used: {_first_line(error)}", where=f"base.model {base.name}"
         ) from error
@@ -172,7 +172,9 @@ def without_weights(base: BaseFiles, auto_class: str, config: dict[str, Any] | N
     for key, value in (config or {}).items():
         if key != "num_labels":
             setattr(entries, key, value)
-    if not hasattr(transformers, auto_class):
+    named = getattr(transformers, auto_class, None)
+    is_stock = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    if not is_stock and not auto_class.startswith("AutoModel"):
         auto_class = "AutoModel"  # a class of somebody's own code; its body may still be stock
     try:
         with torch.device("meta"):

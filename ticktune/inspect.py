@@ -18,7 +18,7 @@ from ticktune.base import (
 from ticktune.console import Console
 from ticktune.export.widen import block_obstacle, merge_obstacle
 from ticktune.patch.attach import adapter_parameters, attach, attachment_of, head_candidates, unquantized_modules
-from ticktune.patch.layout import AS_LLAMA, Ffn, Layout
+from ticktune.patch.layout import Ffn, Layout
 from ticktune.prepare import prepare
 from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.quantize import saved_bytes
@@ -202,19 +202,19 @@ def _blocks(layout: Layout) -> list[dict[str, Any]]:
                 "bias": ffn.has_bias,
                 "bias_field": ffn.bias_field,
                 "width_field": ffn.width_field,
-                "plain": _merges(ffn, "plain", layout.model_type),
-                "gated_ticks": _merges(ffn, "gated", layout.model_type),
+                "plain": _merges(ffn, "plain", layout.as_llama),
+                "gated_ticks": _merges(ffn, "gated", layout.as_llama),
             },
         )
         entry["layers"].append(ffn.layer)
     return list(found.values())
 
 
-def _merges(ffn: Ffn, form: str, model_type: str) -> str:
+def _merges(ffn: Ffn, form: str, as_llama: bool) -> str:
     if (form == "gated") != ffn.is_gated and (form == "gated" or ffn.experts is not None):
         return ""
-    if block_obstacle(ffn, form, model_type):
-        can_be_llama = ffn.width_field is not None and model_type in AS_LLAMA
+    if block_obstacle(ffn, form, as_llama):
+        can_be_llama = ffn.width_field is not None and as_llama
         return "merges with --as llama" if can_be_llama else "trains, does not merge"
     if form == "plain" and not ffn.has_bias and ffn.bias_field is not None:
         return f"merges, {ffn.bias_field} becomes true"
@@ -224,10 +224,10 @@ def _merges(ffn: Ffn, form: str, model_type: str) -> str:
 def _obstacles(layout: Layout) -> list[str]:
     """Why some form of ticks does not merge, each reason once."""
     texts = [
-        block_obstacle(ffn, form, layout.model_type)
+        block_obstacle(ffn, form, layout.as_llama)
         for ffn in layout.ffns
         for form in ("plain", "gated")
-        if _merges(ffn, form, layout.model_type)
+        if _merges(ffn, form, layout.as_llama)
     ]
     return [text for text in dict.fromkeys(texts) if text]
 

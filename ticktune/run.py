@@ -305,6 +305,7 @@ def _export_merged(
                 "it exists already", where=str(place), fix="add --force to replace it, or choose another -o"
             )
         console.note(f"{place}: already a verified export of this adapter")
+        _warn_inconclusive(found, console)
         _say_export(place, found, console)
         return
     _refuse_quantized(files)
@@ -337,11 +338,7 @@ def _export_merged(
         trained_on=trained_on,
         poll=signals.poll,
     )
-    if not document["verification"]["is_conclusive"]:
-        console.warn(
-            "the ticks and norms change the logits too little for the comparison to prove anything: "
-            f"{document['verification']['effect']:.2e}"
-        )
+    _warn_inconclusive(document, console)
     _say_export(place, document, console)
 
 
@@ -469,6 +466,14 @@ def _say_result(run: RunFolder, console: Console) -> None:
         title=f"{run.path}: {record['trained_parameters']:,} trained parameters ({share:.2f} %), "
         f"{record['steps']} steps in {duration(record['training_seconds'])}",
     )
+
+
+def _warn_inconclusive(document: dict[str, Any], console: Console) -> None:
+    if not document["verification"]["is_conclusive"]:
+        console.warn(
+            "the ticks and norms change the logits too little for the comparison to prove anything: "
+            f"{document['verification']['effect']:.2e}"
+        )
 
 
 def _say_export(place: Path, document: dict[str, Any], console: Console) -> None:

@@ -134,6 +134,10 @@ def test_a_sliding_window_is_no_llama() -> None:
     model = _llama_like("mistral", sliding_window=4, max_position_embeddings=64)
     with pytest.raises(ExportError, match="sliding window of 4 tokens and 64 positions is no Llama"):
         as_llama(model)
+    attach(model, DIM, form="plain")
+    found = merge_obstacle(attachment_of(model).layout, attachment_of(model).plan)
+    assert "--as llama" not in found  # known before training, and not promised
+    detach(model)
     # What the refusal spares: such a model written as a Llama differs, and the numbers would say so too.
     model.config.sliding_window = None
     llama = as_llama(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import ExportError
-from ticktune.patch.layout import AS_LLAMA
+from ticktune.patch.layout import AS_LLAMA, llama_obstacle
 
 _KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -42,7 +42,8 @@ def as_llama(model: nn.Module) -> nn.Module:
         raise ExportError(
             f"a {family} model cannot be written as a Llama", fix=f"--as llama is for {', '.join(AS_LLAMA)}"
         )
-    _refuse_differences(config)
+    if obstacle := llama_obstacle(config):
+        raise ExportError(obstacle, fix="train with ticks.form: gated, which merges as it is")
     name = type(model).__name__
     for own in ("Mistral", "Qwen2", "Phi3"):
         name = name.replace(own, "Llama")
@@ -72,26 +73,6 @@ def probe(model: nn.Module, *, length: int = 64) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (2, tokens), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _refuse_differences(config: Any) -> None:
-    where = f"a {config.model_type} model"
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    slides = window is not None and getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
-    if slides and window < config.max_position_embeddings:
-        raise ExportError(
-            f"{where} with a sliding window of {window} tokens and {config.max_position_embeddings} positions is no "
-            "Llama: a Llama attends to all positions",
-            fix="train with ticks.form: gated, which merges as it is",
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
-    if kind != "default" or share not in (None, 1.0):
-        raise ExportError(
-            f"{where} with {kind} rotary positions on {share:.0%} of each head is not known to be a Llama",
-            fix="train with ticks.form: gated, which merges as it is",
-        )
 
 
 def _renamed(key: str, value: Tensor, config: Any) -> list[tuple[str, Tensor]]:

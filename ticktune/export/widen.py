@@ -19,7 +19,7 @@ from ticktune.errors import ExportError
 from ticktune.patch.attach import Plan, form_of, has_tick
 from ticktune.patch.detect import find_layout
 from ticktune.patch.fields import shapes_of
-from ticktune.patch.layout import AS_LLAMA, Ffn, Layout, config_of, is_conv1d, projection_size, unshare_layers
+from ticktune.patch.layout import Ffn, Layout, config_of, is_conv1d, projection_size, unshare_layers
 
 # Grouped matrix products of experts need strides of 16 bytes: 8 numbers of 2 bytes (transformers issue 48644).
 _EXPERTS_MULTIPLE = 8
@@ -66,10 +66,10 @@ def merge_obstacle(layout: Layout, plan: Plan) -> str:
         plan: What is attached.
     """
     ticked = (ffn for ffn in layout.ffns if has_tick(plan, ffn))
-    return next((text for ffn in ticked if (text := block_obstacle(ffn, form_of(plan, ffn), layout.model_type))), "")
+    return next((text for ffn in ticked if (text := block_obstacle(ffn, form_of(plan, ffn), layout.as_llama))), "")
 
 
-def block_obstacle(ffn: Ffn, form: str, model_type: str) -> str:
+def block_obstacle(ffn: Ffn, form: str, as_llama: bool) -> str:
     """Returns why a tick of a form cannot be merged into a block, and the way out, or an empty string."""
     if ffn.width_field is None and ffn.obstacle:
         return f"no config field widens only the feed-forward blocks of the {ffn.stack}: {ffn.obstacle}"
@@ -81,7 +81,7 @@ def block_obstacle(ffn: Ffn, form: str, model_type: str) -> str:
     if form == "plain" and ffn.is_gated and not ffn.has_bias and ffn.bias_field is None:
         way_out = (
             "as a Llama it can hold them (export --merge --as llama), and gated ticks merge as they are"
-            if model_type in AS_LLAMA
+            if as_llama
             else "gated ticks merge (ticks.form: auto)"
         )
         return (

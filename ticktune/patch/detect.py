@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ticktune.errors import PatchError
 from ticktune.patch.fields import bias_field, width_fields
 from ticktune.patch.layout import (
+    AS_LLAMA,
     FAMILIES,
     Body,
     Ffn,
@@ -28,6 +29,7 @@ from ticktune.patch.layout import (
     Stack,
     add_stacks,
     find_bodies,
+    llama_obstacle,
     projection_size,
 )
 from ticktune.patch.proof import (
@@ -64,7 +66,7 @@ def find_layout(model: nn.Module, *, families: Families = FAMILIES) -> Layout:
         PatchError: It has no feed-forward block that could be proved, and why.
     """
     bodies = find_bodies(model)
-    layout = Layout(model_type=bodies[0].model_type)
+    layout = Layout(as_llama=bodies[0].model_type in AS_LLAMA and not llama_obstacle(bodies[0].config))
     reasons: dict[str, str] = {}
     for body in bodies:
         stacks = families.get(body.model_type)

@@ -361,6 +361,24 @@ AS_LLAMA = ("mistral", "qwen2", "phi3")
 """Families that are a Llama under another name, with other switches."""
 
 
+def llama_obstacle(config: Any) -> str:
+    """Returns why a model of one of AS_LLAMA is no Llama all the same, or an empty string."""
+    where = f"a {config.model_type} model"
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    slides = window is not None and getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
+    if slides and window < config.max_position_embeddings:
+        return (
+            f"{where} with a sliding window of {window} tokens and {config.max_position_embeddings} positions is no "
+            "Llama: a Llama attends to all positions"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    if kind != "default" or share not in (None, 1.0):
+        return f"{where} with {kind} rotary positions on {share or 1:.0%} of each head is not known to be a Llama"
+    return ""
+
+
 @dataclass(eq=False)
 class Ffn:
     """One feed-forward block of a model in memory.
@@ -451,7 +469,7 @@ class Layout:
         aux: Blocks that only grow with the others.
         norms: ``stack.layer.norm.slot``, or ``stack.norm.embedding|final`` -> module.
         notes: What a person should know: which families were found by proof.
-        model_type: The family of the outermost model.
+        as_llama: Whether the whole model can be written as a Llama; see :data:`AS_LLAMA`.
     """
 
     stacks: dict[str, Stack] = field(default_factory=dict)
@@ -460,7 +478,7 @@ class Layout:
     aux: list[Ffn] = field(default_factory=list)
     norms: dict[str, nn.Module] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    model_type: str = ""
+    as_llama: bool = False
 
 
 @dataclass
