@@ -37,6 +37,7 @@ from ticktune.patch.proof import (
     Trace,
     common_parent,
     first_line,
+    is_alternative,
     is_norm,
     is_projection,
     layer_of,
@@ -91,7 +92,18 @@ def find_layout(model: nn.Module, *, families: Families = FAMILIES) -> Layout:
         )
     # The outermost model of several towers has no layers of its own, as a rule.
     layout.notes += [f"no ticks in the {name}: {reason}" for name, reason in reasons.items() if name]
+    layout.notes += _other_norms(layout, bodies[0].module)
     return layout
+
+
+def _other_norms(layout: Layout, body: nn.Module) -> list[str]:
+    """Says which norms have no role, so that no recipe can train them: those of convolutions and the like."""
+    known = {id(norm) for norm in layout.norms.values()}
+    names = [name for name, module in body.named_modules() if is_norm(module) and id(module) not in known]
+    if not names:
+        return []
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return [f"norms of no known role stay as they are: {', '.join(names[:2])}{more}"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +207,7 @@ class _Rows:
         self._prefix = names[id(body.module)]
         inside = tuple(names[id(other.model)] for other in inner)
         self._blocks = [b for b in blocks if not b.up.startswith(inside)]
-        widths = width_fields(model, blocks)
+        widths = width_fields(model, blocks, trace)
         self._fields, self._obstacles = widths.fields, widths.obstacles
         self._bias = bias_field(model, self._blocks)
         self._is_alone = True  # whether there is one stack only, which then owns the norms around it
@@ -214,8 +226,8 @@ class _Rows:
         rows: list[Stack] = []
         for pattern, members in groups.items():
             row = self._row(pattern, members, aux)
-            while row.name in [other.name for other in rows]:
-                row = replace(row, name=f"{row.name}_")
+            if row.name in [other.name for other in rows]:
+                row = replace(row, name=_long_name(row.layers[0]))
             rows.append(row)
         return (*rows, *self._between(aux))
 
@@ -257,15 +269,25 @@ class _Rows:
     def _shapes(self, members: list[tuple[Block, str]], width: str | None) -> tuple[Shape, ...]:
         """Each different form of a block once."""
         shapes: dict[Shape, None] = {}
-        ordinal: dict[str, int] = {}
+        slots: dict[str, dict[str, str]] = {}
         for block, layer in members:
-            slot = "experts" if block.experts else "ffn"
-            if not block.experts:
-                ordinal[layer] = ordinal.get(layer, 0) + 1
-                slot += str(ordinal[layer]) if ordinal[layer] > 1 else ""
+            found = _shape(self._starred(block, layer), layer, "")
             own = self._fields.get(block.down, "")
-            shapes[replace(_shape(block, layer, slot), width=None if own == (width or "") else own)] = None
+            known = slots.setdefault(layer, {})
+            if found.up not in known:
+                kind = "experts" if block.experts or ("*" in found.up and "expert" in found.up) else "ffn"
+                count = sum(slot.startswith(kind) for slot in known.values())
+                known[found.up] = f"{kind}{count + 1}" if count else kind
+            shapes[replace(found, slot=known[found.up], width=None if own == (width or "") else own)] = None
         return tuple(shapes)
+
+    def _starred(self, block: Block, layer: str) -> Block:
+        """The block with a star for its place in a list of bare blocks of its layer."""
+        parts = block.up.split(".")
+        for at in range(layer.count(".") + 1, len(parts)):
+            if is_alternative(block, self._trace.modules, at):
+                return block.moved(".".join(parts[: at + 1]), ".".join([*parts[:at], "*"]))
+        return block
 
     def _norms(self, members: list[tuple[Block, str]], layers: list[str]) -> dict[str, Names]:
         """Slot -> the names that its norm has in the layers; a name has one slot in all of them."""
@@ -345,6 +367,12 @@ def _stack_name(pattern: str, model: nn.Module) -> str:
     return "decoder" if is_decoder else "encoder"
 
 
+def _long_name(pattern: str) -> str:
+    """The name of a second stack of one kind: where its layers stand."""
+    parts = [part for part in pattern.split(".") if part != "*"]
+    return "_".join(parts[:-1] or parts)
+
+
 class _LayerNorms:
     """Tells by when they run what the norms of a layer are for; what fits no slot stays as it is.
 
@@ -389,8 +417,8 @@ class _LayerNorms:
         return next((self._leaf(n) for t, n in self._projections if t > self._trace.times[norm]), "")
 
     def _is_in_block(self, norm: str) -> bool:
-        is_near = self._block.names[0].startswith(f"{norm.rsplit('.', 1)[0]}.") and "." in self._leaf(norm)
-        return is_near and self._trace.times[norm] > self._block.time[0]
+        start, end = self._block.time
+        return start < self._trace.times[norm] < end
 
     def _width(self, norm: str) -> int:
         return next(self._trace.modules[norm].parameters(recurse=False)).shape[-1]

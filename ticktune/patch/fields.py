@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ticktune.patch.layout import config_of, projection_size
-from ticktune.patch.proof import Block
+from ticktune.patch.proof import Block, Trace
 
 # Tried first, as each trial builds a model; a name decides nothing else.
 _LIKELY = re.compile(r"inter|ffn|mlp|ff|inner|expert|ratio|feed")
@@ -48,14 +48,15 @@ class Widths:
     obstacles: dict[str, str] = field(default_factory=dict)
 
 
-def width_fields(model: nn.Module, blocks: list[Block]) -> Widths:
+def width_fields(model: nn.Module, blocks: list[Block], trace: Trace) -> Widths:
     """Finds the fields of width.
 
     Args:
         model: The small model.
         blocks: Its proved blocks.
+        trace: What ran.
     """
-    trial = _Trial(model, blocks)
+    trial = _Trial(model, blocks, trace)
     own = sorted(_leaves(model.config), key=lambda leaf: _LIKELY.search(leaf[0]) is None)
     # Last those of inner models: what stands between two of them may have the width of one.
     nested = [leaf for leaf in _nested_leaves(model.config) if _LIKELY.search(leaf[0].rpartition(".")[2])]
@@ -74,10 +75,11 @@ class _Trial:
     Args:
         model: The small model.
         blocks: Its proved blocks.
+        trace: What ran.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[Block]) -> None:
-        self._model, self._reference = model, shapes_of(type(model), model.config)
+    def __init__(self, model: nn.Module, blocks: list[Block], trace: Trace) -> None:
+        self._model, self._reference, self._trace = model, shapes_of(type(model), model.config), trace
         modules = dict(model.named_modules())
         self.owners = {
             f"{name}.{parameter}": block.down
@@ -110,10 +112,10 @@ class _Trial:
         weights = {f"{down}.weight": shape for down in driven if (shape := self._reference.get(f"{down}.weight"))}
         if len(others) > len(self._reference) // 2 or not weights:
             return
+        ran = others[0].rpartition(".")[0] in self._trace.times
+        why = "is no known feed-forward block" if ran else "no input that is known for this model makes run"
         for down in driven:
-            self.widths.obstacles.setdefault(
-                down, f"{path} is also the size of {others[0]}, which is no known feed-forward block"
-            )
+            self.widths.obstacles.setdefault(down, f"{path} is also the size of {others[0]}, which {why}")
 
 
 def bias_field(model: nn.Module, blocks: list[Block]) -> str | None:

@@ -22,6 +22,8 @@ Norms = dict[str, Names]
 class Shape:
     """A feed-forward block of a layer.
 
+    A ``*`` in its names stands for every item of a list of blocks: experts that are modules of their own.
+
     Args:
         up: The projection into the wide space; with ``fused`` it holds gate and up. Of experts: their module.
         down: The projection back.
@@ -109,7 +111,7 @@ def _encoder(
     **other: Any,
 ) -> tuple[Stack, ...]:
     """BERT and its kin: the norms follow attention and feed-forward block."""
-    norms = {"attention": attention, "ffn": after}
+    norms: Norms = {"attention": attention, "cross_attention": ("crossattention.output.LayerNorm",), "ffn": after}
     row: dict[str, Any] = {"layers": ("encoder.layer",), "width": "intermediate_size"}
     return (Stack(name="encoder", ffn=ffn, norms=norms, **{**row, "embedding": ("embeddings.LayerNorm",), **other}),)
 
@@ -460,7 +462,7 @@ class Ffn:
 
 @dataclass
 class Layout:
-    """What the table says of a model in memory.
+    """Where a model in memory has its blocks and norms.
 
     Args:
         stacks: Stack name -> its row, in order.
@@ -695,9 +697,27 @@ def _config_path(config: Any, wanted: Any, module_path: str) -> str | None:
 def _ffns(stack: Stack, name: str, number: int, layer: nn.Module, body: Body) -> Iterator[Ffn]:
     slots: set[str] = set()
     for shape in stack.ffn:
-        if shape.slot not in slots and (found := _ffn(shape, name, number, layer, body, stack)) is not None:
-            slots.add(shape.slot)
-            yield found
+        if shape.slot in slots:
+            continue
+        for one in _unstarred(shape, layer):
+            if (found := _ffn(one, name, number, layer, body, stack)) is not None:
+                slots.add(shape.slot)
+                yield found
+
+
+def _unstarred(shape: Shape, layer: nn.Module) -> Iterator[Shape]:
+    """A shape for each item of the list of blocks that its star stands for; itself where it has none."""
+    path, star, _ = shape.up.partition(".*")
+    if not star:
+        yield shape
+        return
+    found = _find(layer, path)
+    if not isinstance(found, nn.ModuleList | nn.ModuleDict):
+        return
+    for number, (child, _) in enumerate(items_of(found)):
+        names = {key: getattr(shape, key) for key in ("up", "down", "act", "gate", "conv", "dropout")}
+        named: dict[str, Any] = {key: value.replace("*", child) for key, value in names.items() if value is not None}
+        yield replace(shape, **named, slot=f"{shape.slot}.{number}")
 
 
 def _ffn(shape: Shape, name: str, number: int, layer: nn.Module, body: Body, stack: Stack) -> Ffn | None:
@@ -734,6 +754,11 @@ def _ffn(shape: Shape, name: str, number: int, layer: nn.Module, body: Body, sta
         else None,
         stack.obstacle,
     )
+
+
+def items_of(container: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules in a list; a dropout that some keep among their experts is none of these."""
+    return [(name, child) for name, child in container.named_children() if any(True for _ in child.parameters())]
 
 
 def _activation(layer: nn.Module, name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ticktune.patch.layout import is_conv1d, projection_size
+from ticktune.patch.layout import is_conv1d, items_of, projection_size
 from ticktune.patch.shrink import example_inputs
 
 Act = Callable[[Tensor], Tensor]
@@ -61,12 +61,16 @@ class Block:
 
     def within(self, prefix: str) -> "Block":
         """The same block by its names in an inner model."""
+        return self._renamed(lambda name: name.removeprefix(prefix))
 
-        def cut(name: str | None) -> str | None:
-            return name if name is None or name.startswith("=") else name.removeprefix(prefix)
+    def moved(self, old: str, new: str) -> "Block":
+        """The block that has the same names in another module."""
+        return self._renamed(lambda name: new + name.removeprefix(old) if name.startswith(f"{old}.") else name)
 
-        inner = (str(cut(self.up)), str(cut(self.down)), str(cut(self.act)), cut(self.gate), self.fused)
-        return Block(*inner, cut(self.dropout), self.experts, self.time)
+    def _renamed(self, rename: Callable[[str], str]) -> "Block":
+        names = {key: getattr(self, key) for key in ("up", "down", "act", "gate", "dropout")}
+        changed: dict[str, Any] = {k: n if n is None or n.startswith("=") else rename(n) for k, n in names.items()}
+        return replace(self, **changed)
 
 
 @dataclass
@@ -118,7 +122,8 @@ def prove_blocks(model: nn.Module) -> tuple[list[Block], Trace]:
     blocks = [*_prove_experts(model), *unclamped]
     for block in blocks:
         block.time = (trace.times.get(block.up, 0), trace.ends.get(block.down, 0))
-    blocks = sorted((b for b in blocks if not _is_look_alike(b, trace.modules)), key=lambda b: b.time)
+    blocks = [b for b in blocks if not _is_look_alike(b, trace.modules)]
+    blocks = sorted(_with_alternatives(blocks, trace.modules), key=lambda b: b.time)
     if not blocks and pairs and not unclamped:
         trace.reason = "its feed-forward blocks clamp large values, or do something else to them"
     if not blocks and not trace.reason:
@@ -129,7 +134,7 @@ def prove_blocks(model: nn.Module) -> tuple[list[Block], Trace]:
 def layer_of(block: Block, modules: dict[str, nn.Module]) -> tuple[str, str] | None:
     """(name of the module list, with stars; name of the layer) that a block lies in, or None.
 
-    The innermost list whose items are of one class; where there is none, the outermost.
+    The innermost list whose items are of one class and more than a block; where there is none, the outermost.
     """
     common = common_parent(block.names) if not block.experts else block.up
     parts = common.split(".")
@@ -141,14 +146,32 @@ def layer_of(block: Block, modules: dict[str, nn.Module]) -> tuple[str, str] | N
     if not places:
         return None
 
-    def is_even(i: int) -> bool:
-        items = list(modules[".".join(parts[:i])].children())
-        return len({type(item) for item in items}) == 1
-
-    even = [i for i in places if is_even(i)]
+    even = [i for i in places if len({type(item) for item in modules[".".join(parts[:i])].children()}) == 1]
+    while len(even) > 1 and is_alternative(block, modules, even[-1]):
+        even.pop()
     at = even[-1] if even else places[0]
     pattern = ".".join("*" if i < at and i in places else part for i, part in enumerate(parts[:at]))
     return pattern, ".".join(parts[: at + 1])
+
+
+def is_alternative(block: Block, modules: dict[str, nn.Module], at: int) -> bool:
+    """Whether a block lies in a list of bare blocks: experts of a layer, or several that run one after the other.
+
+    Args:
+        block: The block.
+        modules: The model's modules by name.
+        at: Which part of the block's name is the item's name in the list.
+    """
+    parts = common_parent(block.names).split(".")
+    if block.experts or at >= len(parts):
+        return False
+    container = modules[".".join(parts[:at])]
+    items = [module for _, module in items_of(container)]
+    return (
+        isinstance(container, nn.ModuleList | nn.ModuleDict)
+        and len({type(item) for item in items}) == 1
+        and all(sum(map(is_projection, item.modules())) == len(block.names) for item in items)
+    )
 
 
 def common_parent(paths: list[str]) -> str:
@@ -501,6 +524,23 @@ def _expert_units(wide: Tensor, gated: bool, function: Act) -> Tensor | None:
     gate, up = wide.chunk(2, dim=-1)
     value = _apply(function, gate)
     return None if value is None else value * up
+
+
+def _with_alternatives(blocks: list[Block], modules: dict[str, nn.Module]) -> Iterator[Block]:
+    """The blocks, and those beside them in lists of bare blocks of one class: a router sends tokens to some only."""
+    known = {block.up for block in blocks}
+    for block in blocks:
+        yield block
+        for at in range(1, common_parent(block.names).count(".") + 1):
+            if not is_alternative(block, modules, at):
+                continue
+            parts = block.up.split(".")
+            here = ".".join(parts[: at + 1])
+            for child, _ in items_of(modules[".".join(parts[:at])]):
+                other = block.moved(here, ".".join([*parts[:at], child]))
+                if other.up not in known:
+                    known.add(other.up)
+                    yield other
 
 
 def _is_look_alike(block: Block, modules: dict[str, nn.Module]) -> bool:

@@ -1,7 +1,7 @@
 """Small random models of the same class as a given one, and inputs that they take.
 
 The detector traces these instead of the user's model: the same code with few, narrow layers runs in float64 in a
-moment. Only the sizes differ; every switch of the config stays as it is. There are three ways to make a config
+moment. Only the sizes differ; every switch of the config stays as it is. There are several ways to make a config
 small, because no one of them fits every class; which of them fits is found by trying.
 """
 
@@ -502,6 +502,8 @@ def _pixels(config: Any, names: Any, generator: torch.Generator) -> Tensor | Non
     height, width = (size[-2], size[-1]) if isinstance(size, list | tuple) else (size, size)
     channels = _number(config, 3, "num_channels", "in_chans", "in_channels", "image_channels")
     shape: tuple[int, ...] = (_ROWS, channels, height, width)
+    if "aspect_ratio_ids" in names:
+        shape = (_ROWS, 1, _tiles(config), channels, height, width)
     frames = _find(config, "num_frames", "frames_per_clip", "frame_num")
     if isinstance(frames, int) and "input_ids" not in names:
         shape = (_ROWS, frames, channels, height, width)
@@ -518,6 +520,28 @@ def _patches(config: Any, names: Any, generator: torch.Generator) -> Tensor | No
     channels = _number(config, 3, "in_channels", "num_channels", "in_chans")
     size = channels * _number(config, 1, "temporal_patch_size") * patch**2
     return torch.randn(_ROWS * _SIDE**2, size, generator=generator)
+
+
+def _tiles(config: Any) -> int:
+    """Parts that an image is cut into."""
+    return _number(config, 4, "max_num_tiles")
+
+
+def _ratio(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    return torch.ones(_ROWS, 1, dtype=torch.long)
+
+
+def _ratio_mask(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    return torch.ones(_ROWS, 1, _tiles(config), dtype=torch.long)
+
+
+def _tile_mask(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    return torch.ones(_ROWS, _LENGTH, 1, _tiles(config), dtype=torch.long) if "aspect_ratio_ids" in names else None
+
+
+def _states(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    """What another tower gives to a text model that attends to it."""
+    return torch.randn(_ROWS, _LENGTH, _number(config, HIDDEN, "hidden_size", "d_model"), generator=generator)
 
 
 def _grid(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
@@ -563,10 +587,6 @@ def _boxes(config: Any, names: Any, generator: torch.Generator) -> Tensor | None
     return torch.zeros(_ROWS, _LENGTH, 4, dtype=torch.long)
 
 
-def _queries(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
-    return torch.randn(_ROWS, _LENGTH, _number(config, HIDDEN, "hidden_size", "d_model"), generator=generator)
-
-
 def _series(features: str) -> Any:
     """Makes values of time series: (rows, time) or with the number of features of a config field behind."""
 
@@ -591,7 +611,11 @@ _INPUTS = {
     "attention_mask": _mask,
     "input_features_mask": _features_mask,
     "image_attention_mask": _image_mask,
-    "query_embeds": _queries,
+    "query_embeds": _states,
+    "aspect_ratio_ids": _ratio,
+    "aspect_ratio_mask": _ratio_mask,
+    "cross_attention_mask": _tile_mask,
+    "cross_attention_states": _states,
     "hidden_states": _patches,
     "past_values": _series("num_input_channels"),
 }
