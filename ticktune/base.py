@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from ticktune.errors import BaseModelError, Problem
 from ticktune.files import input_path, sha256_json
 from ticktune.quantize import check_package, is_coded, plain_parts
+from ticktune.versions import require
 
 _DTYPES = {
     "float32": torch.float32,
@@ -147,6 +148,33 @@ def load_tokenizer(base: BaseFiles) -> Any:
     if tokenizer.pad_token is None:
         raise BaseModelError("its tokenizer has no token to pad with", where=f"base.model {base.name}")
     return tokenizer
+
+
+def load_processor(base: BaseFiles, kind: Literal["tokenizer", "image", "audio"]) -> Any:
+    """Returns what makes a model's inputs: a tokenizer, an image processor or a feature extractor.
+
+    Image processors are those that compute with Pillow and numpy: the same pixels on every machine.
+
+    Raises:
+        BaseModelError: There is none.
+        UsageError: A package that it needs is not installed.
+    """
+    if kind == "tokenizer":
+        return load_tokenizer(base)
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    require(*{"image": ("PIL", "vision"), "audio": ("soundfile", "audio")}[kind])
+    try:
+        if kind == "image":
+            return AutoImageProcessor.from_pretrained(base.directory, backend="pil", trust_remote_code=False)
+        return AutoFeatureExtractor.from_pretrained(base.directory, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged config meets in transformers' own checks
+        name = "image processor" if kind == "image" else "feature extractor"
+        raise BaseModelError(
+            f"its {name} cannot be used: {_first_line(error)}",
+            where=f"base.model {base.name}",
+            fix="the folder needs the model's preprocessor_config.json",
+        ) from error
 
 
 def stored_quantization(base: BaseFiles) -> str | None:

@@ -45,7 +45,9 @@ def score(
             batch = compute.put(task.collate(examples.take(numbers)))
             with compute.autocast():
                 outputs = task.forward(model, batch)
-            task.update(metrics, outputs, batch)
+            task.update(metrics, task.logits(outputs), batch)
+            with compute.autocast():
+                task.update_by_generation(metrics, model, batch)
     return compute_metrics(metrics)
 
 
@@ -59,25 +61,28 @@ def compute_metrics(metrics: Any) -> dict[str, float]:
 def predict(
     model: nn.Module, task: Task, examples: Encoded, compute: Compute, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Yields one prediction for each example, in the order of the rows.
+    """Yields one prediction for each row, in their order.
 
     Args as :func:`score`; the rows need no answers.
     """
     answers: dict[int, dict[str, Any]] = {}
+    rows: dict[int, list[int]] = {}
+    for number, row in enumerate(examples.dataset["row"]):
+        rows.setdefault(row, []).append(number)
     with _frozen(model):
         for numbers in sorted_batches(examples.lengths, batch_size):
             batch = compute.put(task.collate(examples.take(numbers)))
             with compute.autocast():
                 found = task.predict(model, batch)
             answers |= dict(zip(numbers, found, strict=True))
-    for number in range(len(examples)):
-        yield answers[number]
+    for row in sorted(rows):
+        yield task.join([answers[number] for number in rows[row]])
 
 
 def logits_of(model: nn.Module, task: Task, batches: list[Batch], compute: Compute) -> list[torch.Tensor]:
     """Returns the logits of each batch, float32 or wider, on the CPU."""
     with _frozen(model):
-        return [task.forward(model, compute.put(batch)).logits.cpu() for batch in batches]
+        return [task.logits(task.forward(model, compute.put(batch))).cpu() for batch in batches]
 
 
 def is_better(value: float, than: float | None, more_is_better: bool) -> bool:

@@ -15,7 +15,7 @@ from ticktune.base import (
     fingerprint,
     load_config,
     load_model,
-    load_tokenizer,
+    load_processor,
     locate_base,
     stored_quantization,
     training_dtype,
@@ -23,7 +23,7 @@ from ticktune.base import (
 )
 from ticktune.console import Console
 from ticktune.data.batches import split_rows
-from ticktune.data.encode import Encoded, encode_rows, tokenizer_identity
+from ticktune.data.encode import Encoded, encode_rows, processor_identity
 from ticktune.data.read import Rows, read_rows
 from ticktune.device import Compute, choose_compute
 from ticktune.errors import BaseModelError, DataError, Problem, RecipeError, UsageError
@@ -53,7 +53,7 @@ class Prepared:
         compute: Device and precision.
         base: The base's files.
         dtype: How the frozen weights are held.
-        tokenizer: The base's tokenizer.
+        processor: The base's tokenizer, image processor or feature extractor.
         task: The task, configured.
         rows: Split -> rows.
         examples: Split -> examples.
@@ -63,7 +63,7 @@ class Prepared:
     compute: Compute
     base: BaseFiles
     dtype: str
-    tokenizer: Any
+    processor: Any
     task: Task
     rows: dict[str, Rows]
     examples: dict[str, Encoded] = field(default_factory=dict)
@@ -74,9 +74,9 @@ class Prepared:
         return {
             "name": recipe.task,
             "state": self.task.state(),
-            "options": asdict(self.task.options),  # type: ignore[attr-defined]
+            "options": asdict(self.task.options),
             "columns": recipe.data.columns,
-            "tokenizer": tokenizer_identity(self.base.directory),
+            "tokenizer": processor_identity(self.base.directory),
         }
 
 
@@ -99,7 +99,7 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
             where=loaded.where("base.quantize"),
             fix="set base.quantize: none, or name the full-precision model",
         )
-    tokenizer = load_tokenizer(base)
+    processor = load_processor(base, TASKS[recipe.task].processor)
     train = rows["train"]
     options = TaskOptions(
         columns=train.columns,
@@ -107,14 +107,19 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         problem=recipe.problem,
         max_new_tokens=recipe.evaluation.generate.max_new_tokens,
         num_beams=recipe.evaluation.generate.num_beams,
+        overlap=recipe.data.overlap,
+        threshold=recipe.evaluation.threshold,
+        class_weights=recipe.loss.weights,
+        label_smoothing=recipe.loss.label_smoothing,
+        augment=recipe.data.augment.model_dump(),
     )
-    task = build_task(recipe.task, options, train.as_list(), train.where, tokenizer, load_config(base))
+    task = build_task(recipe.task, options, train.as_list(), train.where, processor, load_config(base))
     for name in rows:
         task.check(rows[name].as_list(), rows[name].where)
     _check_metric(loaded, task)
     _warn_overlap(rows, console)
     dtype = training_dtype(recipe.base.dtype, base, compute.precision, compute.device.type)
-    prepared = Prepared(loaded, compute, base, dtype, tokenizer, task, rows)
+    prepared = Prepared(loaded, compute, base, dtype, processor, task, rows)
     for name in ("train", "validation"):
         if name in rows:
             prepared.examples[name] = encode(task, rows[name], base.directory, poll=poll)
@@ -158,9 +163,9 @@ def read_splits(loaded: LoadedRecipe, poll: Poll = _no_poll, names: tuple[str, .
     return {name: rows[name] for name in ("train", "validation", "test") if name in rows and name in wanted}
 
 
-def encode(task: Task, rows: Rows, tokenizer_files: Path, *, labelled: bool = True, poll: Poll = _no_poll) -> Encoded:
+def encode(task: Task, rows: Rows, processor_files: Path, *, labelled: bool = True, poll: Poll = _no_poll) -> Encoded:
     """Tokenises a split; see :func:`ticktune.data.encode.encode_rows`."""
-    identity = [task.name, asdict(task.options), task.state(), tokenizer_identity(tokenizer_files)]  # type: ignore[attr-defined]
+    identity = [task.name, asdict(task.options), task.state(), processor_identity(processor_files)]
     return encode_rows(task, rows, identity, labelled=labelled, poll=poll)
 
 
@@ -173,7 +178,7 @@ class Loaded:
         task: The task, as it was trained.
         facts: The adapter's facts.
         compute: Device and precision.
-        tokenizer_files: Folder of the tokenizer.
+        processor_files: Folder of the tokenizer, image processor or feature extractor.
         base: The base's files; None for a merged folder.
         stands_in: Whether ``base`` is a full-precision model in the place of the quantised one of training.
     """
@@ -182,7 +187,7 @@ class Loaded:
     task: Task
     facts: AdapterFacts
     compute: Compute
-    tokenizer_files: Path
+    processor_files: Path
     base: BaseFiles | None
     stands_in: bool = False
 
@@ -232,7 +237,7 @@ def load_target(
         asked = loaded.recipe.base.dtype if loaded else "auto"
         held = dtype or training_dtype(asked, files, compute.precision, compute.device.type)
         kind = "none" if full_precision else facts.base.get("quantize") or "none"
-    task = task_of(facts, load_tokenizer(files))
+    task = task_of(facts, load_processor(files, TASKS[facts.task["name"]].processor))
     if target.kind == "adapter":
         may_stand_in = base is not None and stored_quantization(files) is None
         shapes = (
@@ -285,12 +290,12 @@ def base_of(facts: AdapterFacts, loaded: LoadedRecipe | None, override: str | No
         raise BaseModelError(fixes) from error
 
 
-def task_of(facts: AdapterFacts, tokenizer: Any) -> Task:
+def task_of(facts: AdapterFacts, processor: Any) -> Task:
     """The task as it was trained."""
     assert facts.task is not None
     entries = facts.task["options"]
     options = TaskOptions(**{**entries, "columns": tuple(entries["columns"])})
-    return restore_task(facts.task["name"], options, facts.task["state"], tokenizer)
+    return restore_task(facts.task["name"], options, facts.task["state"], processor)
 
 
 def load_trainable(prepared: Prepared) -> tuple[nn.Module, list[str]]:
@@ -310,7 +315,8 @@ def load_trainable(prepared: Prepared) -> tuple[nn.Module, list[str]]:
         prepared.compute.device,
         seed=recipe.training.seed,
     )
-    check_vocabulary(model, prepared.tokenizer, prepared.base)
+    if TASKS[recipe.task].processor == "tokenizer":
+        check_vocabulary(model, prepared.processor, prepared.base)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise BaseModelError(

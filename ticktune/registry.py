@@ -1,7 +1,7 @@
 """The tasks: plain rows, nothing imported. A new task is one row here, one file and one recipe."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class TaskRow:
         metrics: Names of its metrics; true where more is better.
         label_columns: Columns that hold the answer: ``predict`` can do without them.
         text_columns: Columns whose values must be text; the others keep their kind.
+        file_columns: Columns that name files, relative to the file of rows.
+        processor: What makes a model's inputs of them: ``tokenizer``, ``image`` (pictures) or ``audio`` (sound).
         documents: Whether a txt file is one document, rather than a row a line.
         defaults: Recipe keys whose default differs from the schema's, as dotted key -> value.
     """
@@ -25,6 +27,8 @@ class TaskRow:
     optional_columns: frozenset[str] = frozenset()
     label_columns: frozenset[str] = frozenset()
     text_columns: frozenset[str] = frozenset()
+    file_columns: frozenset[str] = frozenset()
+    processor: Literal["tokenizer", "image", "audio"] = "tokenizer"
     documents: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -46,6 +50,14 @@ TASKS: dict[str, TaskRow] = {
             "mse": False,
             "loss": False,
         },
+    ),
+    "image-classification": TaskRow(
+        module="ticktune.tasks.image_classification",
+        columns=(frozenset({"image", "label"}),),
+        label_columns=frozenset({"label"}),
+        file_columns=frozenset({"image"}),
+        processor="image",
+        metrics={"accuracy": True, "f1": True, "mcc": True, "auroc": True, "top5": True, "loss": False},
     ),
     "causal-lm": TaskRow(
         module="ticktune.tasks.causal_lm",

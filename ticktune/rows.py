@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
         compute: Where to compute.
     """
     task = used.task
-    examples = encode(task, rows, used.tokenizer_files)
+    examples = encode(task, rows, used.processor_files)
     batches: list[Batch] = []
     ours: list[Tensor] = []
     values = 0
@@ -134,7 +133,7 @@ def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
     def metrics(logits: Sequence[Tensor]) -> dict[str, float]:
         found = task.metrics()
         for batch, values in zip(batches, logits, strict=True):
-            task.update(found, _Logits(values.float()), batch)
+            task.update(found, values.float(), batch)
         return compute_metrics(found)
 
     return Evidence(
@@ -171,11 +170,6 @@ def drift_from_training(target: Target, base: str | None, evidence: Evidence) ->
     with torch.no_grad():
         before = [used.model(**used.compute.put(batch)).logits.float().cpu() for batch in evidence.batches]
     return found | {"drift": drift_of(evidence, before, evidence.ours)}
-
-
-@dataclass(frozen=True)
-class _Logits:
-    logits: Tensor
 
 
 @contextmanager

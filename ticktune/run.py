@@ -10,7 +10,7 @@ from torch import nn
 
 from ticktune.adapter import TENSORS as ADAPTER_TENSORS
 from ticktune.adapter import read_facts, read_tensors
-from ticktune.base import BaseFiles, load_model, load_tokenizer, quiet_transformers, stored_dtype, stored_quantization
+from ticktune.base import BaseFiles, load_model, load_processor, quiet_transformers, stored_dtype, stored_quantization
 from ticktune.console import Console, duration, figure, table_of
 from ticktune.data.read import Rows
 from ticktune.device import Compute
@@ -47,6 +47,7 @@ from ticktune.prepare import (
 from ticktune.quantize import MERGE_WAY_OUT
 from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.recipe.load import LoadedRecipe
+from ticktune.registry import TASKS
 from ticktune.rows import drift_from_training, evaluation_rows, evidence_of, prediction_rows
 from ticktune.session import Session, begin, recipe_identity
 from ticktune.signals import Signals, StopAsked, watched_signals
@@ -170,7 +171,7 @@ def evaluate(
             raise UsageError(f"there is no metric {metric} here", where=where, fix=f"one of: {', '.join(known)}")
     _warn_changed_rows(used, rows, name, console)
     used.task.check(rows.as_list(), rows.where)
-    examples = encode(used.task, rows, used.tokenizer_files)
+    examples = encode(used.task, rows, used.processor_files)
     metrics = score(used.model, used.task, examples, used.compute, _PREDICT_BATCH)
     console.result(
         {"split": name, "rows": len(rows), "metrics": metrics},
@@ -207,9 +208,9 @@ def predict_rows(
     used = load_target(target, base=base)
     _warn_stand_in(used, console)
     rows = prediction_rows(words, used, standard_input)
-    examples = encode(used.task, rows, used.tokenizer_files, labelled=False)
+    examples = encode(used.task, rows, used.processor_files, labelled=False)
     for answer in predict(used.model, used.task, examples, used.compute, _PREDICT_BATCH):
-        console.line(answer, _answer_text(answer))
+        console.line(answer, used.task.describe(answer))
 
 
 def export(
@@ -322,10 +323,12 @@ def _export_merged(
     trained_on = drift_from_training(target, base, evidence)
     signals.poll()
     stock, _ = load_model(files, str(facts.model_class), dtype="float32", config=used.task.config())
+    assert facts.task is not None
+    processor = load_processor(files, TASKS[facts.task["name"]].processor)
     document = write_merged(
         place,
         stock,
-        load_tokenizer(files),
+        processor,
         read_tensors(target.path),
         facts,
         evidence,
@@ -355,14 +358,6 @@ def refuse_several_processes() -> None:
             where="environment",
             fix="start one process, without torchrun, or unset WORLD_SIZE",
         )
-
-
-def _answer_text(answer: dict[str, Any]) -> str:
-    if "label" in answer:
-        return f"{answer['label']}  {answer['probability']:.4f}"
-    if "labels" in answer:
-        return ", ".join(f"{n} {answer['probabilities'][n]:.4f}" for n in answer["labels"]) or "(none)"
-    return figure(answer["value"]) if "value" in answer else str(answer["text"])
 
 
 def _bound(text: str, at_least: bool) -> tuple[str, float, bool]:

@@ -16,7 +16,7 @@ from ticktune.adapter import describe_adapter, shapes_fingerprint, write_adapter
 from ticktune.base import fingerprint, stored_quantization, without_weights
 from ticktune.console import Console, figure
 from ticktune.data.batches import epoch_batches, micro_batches
-from ticktune.device import Compute, describe
+from ticktune.device import Compute, describe, mix
 from ticktune.errors import Interrupted, OutputError, ResourceError
 from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, sha256_json, write_text
@@ -195,7 +195,9 @@ class Session:
             for batch in order[step - epoch * self.plan.per_epoch :]:
                 if step >= self.plan.total:
                     return
-                yield [task.collate(examples.take(part)) for part in micro_batches(batch, self.micro_batch_size)]
+                seed = mix(training.seed, "collate", step)
+                parts = enumerate(micro_batches(batch, self.micro_batch_size))
+                yield [task.collate(examples.take(part), seed=mix(seed, number)) for number, part in parts]
                 self.signals.poll()
                 step += 1
             epoch += 1

@@ -9,7 +9,7 @@ import pytest
 from tests.models import word_tokenizer
 from ticktune import prepare
 from ticktune.data import encode
-from ticktune.data.encode import Encoded, encode_rows, tokenizer_identity
+from ticktune.data.encode import Encoded, encode_rows, processor_identity
 from ticktune.data.read import Rows, build_rows, read_rows
 from ticktune.errors import DataError
 from ticktune.recipe.schema import Source
@@ -217,8 +217,8 @@ def test_a_split_without_any_example_is_refused() -> None:
 def test_the_identity_of_a_tokenizer_is_that_of_its_files(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "vocab.txt", "merges.txt", "chat_template.jinja", "config.json"):
         (tmp_path / name).write_text("x")
-    before = tokenizer_identity(tmp_path)
+    before = processor_identity(tmp_path)
     assert sorted(before) == ["chat_template.jinja", "merges.txt", "tokenizer.json", "vocab.txt"]
     (tmp_path / "vocab.txt").write_text("y")
-    after = tokenizer_identity(tmp_path)
+    after = processor_identity(tmp_path)
     assert {name for name in before if before[name] != after[name]} == {"vocab.txt"}

@@ -7,6 +7,7 @@ import pytest
 from ticktune.errors import Problem, RecipeError
 from ticktune.recipe.load import load_recipe
 from ticktune.recipe.schema import Recipe
+from ticktune.registry import TASKS
 
 HEAD = "task: text-classification\nbase: {model: m}\n"
 
@@ -29,7 +30,7 @@ def accepted(folder: Path, text: str) -> Recipe:
         (
             HEAD.replace("text-", "txt-") + "data: {train: a}\n",
             Problem(
-                "expected one of text-classification, causal-lm, found txt-classification",
+                f"expected one of {', '.join(TASKS)}, found txt-classification",
                 "r.yaml:1:1 task",
                 "did you mean text-classification?",
             ),

@@ -320,7 +320,7 @@ def test_metrics_over_uneven_batches_are_those_of_all_learned_tokens() -> None:
         logits = torch.randn(*batch["input_ids"].shape, 64)
         targets = torch.nn.functional.one_hot(batch["labels"].clamp(0).roll(-1, 1), 64)
         logits += 4 * targets * (torch.rand(*targets.shape[:2], 1) < 0.5)  # about half the answers are right
-        task.update(metrics, SimpleNamespace(logits=logits), batch)
+        task.update(metrics, logits, batch)
         more = by_hand(logits.double().numpy(), batch["labels"].numpy())
         loss, hits, count = loss + more[0], hits + more[1], count + more[2]
     assert 0 < hits < count == 7 + sum(range(7))
@@ -335,9 +335,9 @@ def test_a_batch_without_learned_tokens_changes_no_metric() -> None:
     batch = task.collate(encode(task, *PAIRS)[0])
     logits = torch.randn(*batch["input_ids"].shape, 64)
     metrics = task.metrics()
-    task.update(metrics, SimpleNamespace(logits=logits), batch)
+    task.update(metrics, logits, batch)
     before = {name: float(metric.compute()) for name, metric in metrics.items()}
-    task.update(metrics, SimpleNamespace(logits=logits), batch | {"labels": torch.full((3, 5), IGNORED)})
+    task.update(metrics, logits, batch | {"labels": torch.full((3, 5), IGNORED)})
     assert {name: float(metric.compute()) for name, metric in metrics.items()} == before
 
 

@@ -302,7 +302,7 @@ def scores_of(task: TextClassification, logits: torch.Tensor, target: torch.Tens
     metrics = task.metrics()
     for start in range(0, len(logits), size):
         part = slice(start, start + size)
-        task.update(metrics, SimpleNamespace(logits=logits[part]), batch_of(target[part]))
+        task.update(metrics, logits[part], batch_of(target[part]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics warns of absent classes
         return {name: float(metric.compute()) for name, metric in metrics.items()}
@@ -433,7 +433,7 @@ def test_the_registry_names_every_metric() -> None:
 
 def predict(task: TextClassification, logits: torch.Tensor) -> list[dict[str, Any]]:
     def model(**inputs: Any) -> Any:
-        return SimpleNamespace(logits=logits)
+        return {"logits": logits}
 
     return task.predict(model, {"input_ids": torch.zeros(len(logits), 1)})  # type: ignore[arg-type]
 

@@ -56,7 +56,7 @@ def encode_rows(
     Args:
         task: The task, configured.
         rows: The rows.
-        identity: Whatever else decides the result, as JSON: tokenizer files, task options and state.
+        identity: Whatever else decides the result, as JSON: processor files, task options and state.
         labelled: Whether the rows have their answers.
         poll: Called after each chunk, so that a signal is noticed.
 
@@ -65,7 +65,7 @@ def encode_rows(
     """
     import datasets
 
-    cached = len(rows) >= _CACHE_FROM_ROWS
+    cached = len(rows) >= _CACHE_FROM_ROWS and not rows.files  # of files only the names are kept, which is soon done
     target = _cache_directory() / sha256_json([_FORMAT, rows.sha256, rows.templates, rows.lines, identity, labelled])
     found = _load(target, rows) if cached else None
     if found is None:
@@ -83,12 +83,13 @@ def encode_rows(
     return found
 
 
-def tokenizer_identity(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file that a tokenizer is made of."""
+def processor_identity(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file that a tokenizer, image processor or feature extractor is made of."""
     from ticktune.files import sha256_file
 
     names = (
         "tokenizer*",
+        "*processor_config.json",
         "vocab*",
         "merges.txt",
         "special_tokens_map.json",

@@ -8,10 +8,11 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ticktune.data.media import METADATA, digest_of, metadata_of, read_classes, resolve_file
 from ticktune.errors import DataError
 from ticktune.files import input_path
 from ticktune.recipe.schema import Source
@@ -35,6 +36,8 @@ class Rows:
         source: The file, or the Hub set, as the recipe calls it.
         sha256: Of the file's bytes, or of the values where there is no file.
         templates: Task column -> the file's column or template that it was made from.
+        files: Columns that hold paths of files.
+        by_file: Whether a row is told by its file, as there is no file of rows.
     """
 
     dataset: "Dataset"
@@ -42,6 +45,8 @@ class Rows:
     source: str
     sha256: str
     templates: dict[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    by_file: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -52,7 +57,9 @@ class Rows:
         return len(self.lines)
 
     def where(self, row: int) -> str:
-        """``file:line`` of a row."""
+        """``file:line`` of a row, or its own file."""
+        if self.by_file:
+            return str(self.dataset[row][self.files[0]])
         return f"{self.source}:{self.lines[row]}"
 
     def as_list(self) -> list[dict[str, Any]]:
@@ -62,8 +69,7 @@ class Rows:
 
     def select(self, numbers: Sequence[int]) -> "Rows":
         """The rows with these numbers, in this order."""
-        lines = [self.lines[i] for i in numbers]
-        return Rows(self.dataset.select(numbers), lines, self.source, self.sha256, self.templates)
+        return replace(self, dataset=self.dataset.select(numbers), lines=[self.lines[i] for i in numbers])
 
 
 def read_rows(
@@ -97,9 +103,20 @@ def read_rows(
     else:
         assert source.path is not None
         path = input_path(source.path, relative_to)
+        folder, by_file = path.parent, False
+        if path.is_dir() and task.file_columns:
+            folder, by_file = path, metadata_of(path) is None
+            path = metadata_of(path) or path
         name = str(path)
-        digest = _sha256(path)
-        records = _read_file(path, whole_text)
+        digest = "" if by_file else _sha256(path)
+        main = next((c for c in ("image", "audio") if c in task.file_columns), "")
+        records = read_classes(path, main) if by_file else _read_file(path, whole_text)
+        if not by_file and path.name in METADATA:
+            records = ((line, {main: record.get("file_name"), **record}) for line, record in records)
+        return build_rows(
+            records, task, columns, name, digest, limit=source.limit, labelled=labelled, folder=folder,
+            by_file=by_file, poll=poll,
+        )  # fmt: skip
     return build_rows(records, task, columns, name, digest, limit=source.limit, labelled=labelled, poll=poll)
 
 
@@ -112,9 +129,14 @@ def build_rows(
     *,
     limit: int | None = None,
     labelled: bool = True,
+    folder: Path = Path(),
+    by_file: bool = False,
     poll: Callable[[], None] = lambda: None,
 ) -> Rows:
-    """Keeps the task's columns of records; see :func:`read_rows`."""
+    """Keeps the task's columns of records; see :func:`read_rows`.
+
+    Files that the rows name are looked for from ``folder`` on; their bytes are part of the digest.
+    """
     import datasets
     import pyarrow
 
@@ -127,7 +149,10 @@ def build_rows(
             templates = _templates(task, columns, record, f"{name}:{line}", labelled)
             values = {column: [] for column in templates}
         for column, template in templates.items():
-            values[column].append(_value(template, record, column, task, f"{name}:{line}"))
+            value = _value(template, record, column, task, f"{name}:{line}")
+            if column in task.file_columns:
+                value = resolve_file(str(value or ""), folder, column, f"{name}:{line}")
+            values[column].append(value)
         lines.append(line)
         if len(lines) % 4096 == 0:
             poll()
@@ -145,7 +170,11 @@ def build_rows(
             where=f"{name}:{lines[i]}",
             fix="write all of them in one way",
         ) from error
-    return Rows(dataset, lines, name, digest or hashlib.sha256(repr(values).encode()).hexdigest(), templates)
+    files = tuple(column for column in values if column in task.file_columns)
+    digest = digest or hashlib.sha256(repr(values if not files else "").encode()).hexdigest()
+    if files:
+        digest = digest_of((path for column in files for path in values[column]), digest)
+    return Rows(dataset, lines, name, digest, templates, files, by_file)
 
 
 def text_lines(data: bytes, name: str) -> list[str]:

@@ -189,7 +189,8 @@ class Source(Section):
     """Where rows come from: a file, a Hub data set, or a share of the training rows."""
 
     path: Text | None = None
-    """jsonl, json, csv, tsv, parquet or txt file, relative to the recipe file."""
+    """jsonl, json, csv, tsv, parquet or txt file, relative to the recipe file; or a folder of pictures or sound, with a
+    metadata.jsonl or metadata.csv whose file_name names each, or with a subfolder for each label."""
     hub: Text | None = None
     """Name of a Hub data set."""
     config: Text | None = None
@@ -213,6 +214,31 @@ def _source(value: Any) -> Any:
 AnySource = Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)]
 
 
+class Augment(Section):
+    """Random changes of pictures and sound while training, seeded; evaluation sees them as they are."""
+
+    flip: Ratio = 0.0
+    """Probability that a picture is mirrored from left to right."""
+    crop: Ratio = 0.0
+    """Largest share of a picture's height and width that is cut away."""
+    jitter: Ratio = 0.0
+    """Largest relative change of a picture's brightness, contrast and colour."""
+    time_mask: Ratio = 0.0
+    """Largest share of a sound that is silenced in one piece (SpecAugment)."""
+    noise: Ratio = 0.0
+    """Largest share of a sound's own loudness that is added as white noise."""
+
+
+class Loss(Section):
+    """How errors count."""
+
+    weights: Literal["none", "balanced"] = "none"
+    """balanced: each class counts as much as the others, however rare: a row of a class counts rows / (classes × its
+    rows)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    """Share of the target that all classes get alike."""
+
+
 class Data(Section):
     """The rows and their columns."""
 
@@ -226,6 +252,9 @@ class Data(Section):
     """What the task calls a column: what the file calls it, or a template such as `{question}\\n{answer}`."""
     max_length: Annotated[int, Field(ge=2, le=2**20)] = 128
     """Longest example, in tokens; longer ones are cut, and counted."""
+    overlap: Annotated[int, Field(ge=0, le=2**20)] = 64
+    """Tokens that the windows share which a long row is cut into, where the task cuts it into windows."""
+    augment: Augment = Augment()
 
 
 class Optimizer(Section):
@@ -314,6 +343,8 @@ class Evaluation(Section):
     """Stop after so many evaluations without a better one; null = never."""
     batch_size: Count | None = None
     """Examples per forward pass in evaluation; null = the training micro-batch's size or 32, the larger."""
+    threshold: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
+    """Probability from which on a label is predicted, where a row can have several."""
     generate: Generate = Generate()
 
 
@@ -348,6 +379,7 @@ class Recipe(Section):
     problem: Literal["auto", "single", "multi", "regression"] = "auto"
     """text-classification only. auto: regression when labels are fractional numbers, multi when they are
     lists, else single."""
+    loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     training: Training = Training()

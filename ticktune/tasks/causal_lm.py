@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.errors import DataError
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, TaskOptions
+from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 
 _MAX_RENDERED = 10_000_000  # characters; a template that makes more is broken or hostile
 
 
 @dataclass(frozen=True)
-class CausalLm:
+class CausalLm(Task):
     """The task, configured.
 
     Args:
@@ -29,14 +29,6 @@ class CausalLm:
     name: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
     default_metric: str = "perplexity"
-
-    def config(self) -> dict[str, Any]:
-        """Nothing: the model stays as it is."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing but the tokenizer decides."""
-        return {}
 
     def row_of(self, text: str) -> Row:
         """The text to continue, the prompt, or the user's turn of a conversation."""
@@ -91,7 +83,7 @@ class CausalLm:
             pieces[-1][1].append(token)
         return [(kind, self.tokenizer.decode(ids)) for kind, ids in pieces]
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
+    def collate(self, examples: Sequence[Example], *, seed: int | None = None) -> Batch:
         """Pads on the right (labelled) or left (to be continued); all tensors are (batch, seq) int64."""
         longest = max(e["length"] for e in examples)
         on_right = "labels" in examples[0]
@@ -126,7 +118,10 @@ class CausalLm:
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross entropy of the next token, summed over the learned tokens."""
-        logits = outputs.logits[:, :-1].float()
+        return self._loss(outputs.logits, batch)
+
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        logits = logits[:, :-1].float()
         return F.cross_entropy(
             logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -138,8 +133,7 @@ class CausalLm:
 
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The most probable next token at each position, (batch, seq)."""
-        best = logits.topk(2, dim=-1)
-        return best.indices[..., 0], best.values[..., 0] - best.values[..., 1]
+        return best_of(logits)
 
     def metrics(self) -> Any:
         """Metrics of torchmetrics over the learned tokens."""
@@ -154,15 +148,15 @@ class CausalLm:
             }
         )
 
-    def update(self, metrics: Any, outputs: Any, batch: Batch) -> None:
+    def update(self, metrics: Any, logits: Tensor, batch: Batch) -> None:
         """Adds a batch."""
         target = batch["labels"][:, 1:]
         learned = target != IGNORED
         count = int(learned.sum())
         if count == 0:
             return
-        logits = outputs.logits[:, :-1].float()
-        metrics["loss"].update(self.loss(outputs, batch) / count, weight=count)
+        metrics["loss"].update(self._loss(logits, batch) / count, weight=count)
+        logits = logits[:, :-1].float()
         metrics["perplexity"].update(logits, target)
         hits = logits.argmax(-1)[learned] == target[learned]
         metrics["token_accuracy"].update(hits.float().mean(), weight=count)

@@ -1,12 +1,14 @@
 """What a task is: the one protocol between rows, model, loss, metrics and predictions."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
+from ticktune.errors import UsageError
 from ticktune.registry import TASKS
 
 Row = dict[str, Any]
@@ -27,6 +29,11 @@ class TaskOptions:
         problem: ``auto``, ``single``, ``multi`` or ``regression``.
         max_new_tokens: Longest generated continuation, in tokens.
         num_beams: Beams of generation; 1 = greedy.
+        overlap: Tokens that the windows of one long row share.
+        threshold: Probability from which on a label of several is predicted.
+        class_weights: ``balanced``: each class counts as much as the others in the loss.
+        label_smoothing: Share of the target that all classes get.
+        augment: Name -> strength of what is random in training; see :class:`ticktune.recipe.schema.Augment`.
     """
 
     columns: tuple[str, ...]
@@ -34,6 +41,11 @@ class TaskOptions:
     problem: str = "auto"
     max_new_tokens: int = 128
     num_beams: int = 1
+    overlap: int = 64
+    threshold: float = 0.5
+    class_weights: str = "none"
+    label_smoothing: float = 0.0
+    augment: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,23 +63,30 @@ class EncodingReport:
     cut_ends: int = 0
 
 
-class Task(Protocol):
-    """A configured task. Examples are plain lists and numbers; batches hold tensors.
+class Task(ABC):
+    """A configured task: a frozen dataclass with one file of its own.
 
-    Every example has the key ``row``, the number of the row that it comes from, and ``length``, its size in
-    tokens, by which batches are sorted.
+    Examples are plain lists, numbers and names of files; batches hold tensors. Every example has the key ``row``, the
+    number of the row that it comes from, and ``length``, its size in tokens or samples, by which batches are sorted.
     """
 
     name: str
     auto_class: str
     """Name of the transformers auto class."""
-    default_metric: str
+    options: TaskOptions
+
+    @property
+    @abstractmethod
+    def default_metric(self) -> str:
+        """The metric that chooses the best checkpoint where the recipe names none."""
 
     def config(self) -> dict[str, Any]:
         """Entries for the model's config, such as id2label."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What :func:`restore_task` needs, as JSON."""
+        return {}
 
     def row_of(self, text: str) -> Row:
         """The row, without an answer, that a line of text stands for.
@@ -75,7 +94,10 @@ class Task(Protocol):
         Raises:
             UsageError: A row of this task is more than one text.
         """
+        columns = ", ".join(self.options.columns)
+        raise UsageError(f"a row of {self.name} is no line of text", fix=f"give a file with the columns {columns}")
 
+    @abstractmethod
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
         """Refuses rows that the task cannot use.
 
@@ -87,6 +109,7 @@ class Task(Protocol):
             DataError: Naming the first such row.
         """
 
+    @abstractmethod
     def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
         """Turns rows into examples.
 
@@ -97,27 +120,44 @@ class Task(Protocol):
             labelled: Whether the rows must have their answers.
         """
 
+    @abstractmethod
     def show(self, example: Example) -> list[tuple[str, str]]:
         """An example for a person: (``context`` or ``learned``, text) in order."""
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Pads examples to a batch."""
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], *, seed: int | None = None) -> Batch:
+        """Makes a batch: reads files, pads.
+
+        Args:
+            examples: Its examples.
+            seed: Of what is random in training, such as a flipped image; None: nothing is.
+        """
 
     def weight(self, batch: Batch) -> float:
         """How much the batch counts: its rows, or its supervised tokens."""
+        return float(len(next(iter(batch.values()))))
 
+    @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The model's keyword arguments among the batch's tensors."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """Runs the model; returns its outputs, which have ``logits``."""
+        """Runs the model without labels; returns its outputs by name."""
+        return model(**self.inputs(batch))
 
+    def logits(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """What predictions and metrics are made of, as one tensor: the outputs' ``logits``."""
+        return outputs["logits"]
+
+    @abstractmethod
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss summed over what :meth:`weight` counts, float32 scalar."""
 
     def counted(self, batch: Batch) -> Tensor | None:
         """Which positions' logits mean something, a mask of their leading dimensions; None: all."""
+        return None
 
+    @abstractmethod
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What is predicted from logits, and how far each decision is from another one.
 
@@ -126,14 +166,35 @@ class Task(Protocol):
             infinite where nothing is decided; both of the same shape.
         """
 
+    @abstractmethod
     def metrics(self) -> Any:
         """A fresh, empty set of metrics with ``compute()``."""
 
-    def update(self, metrics: Any, outputs: Any, batch: Batch) -> None:
-        """Adds a batch to the metrics."""
+    @abstractmethod
+    def update(self, metrics: Any, logits: Tensor, batch: Batch) -> None:
+        """Adds a batch to the metrics, by what :meth:`logits` gave for it."""
 
+    def update_by_generation(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
+        """Adds a batch to the metrics of generated text, which need more than one forward pass."""
+        return
+
+    @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """One JSON object for each example of the batch."""
+
+    def join(self, answers: list[dict[str, Any]]) -> dict[str, Any]:
+        """The answer of a row from those of its examples, where a long row is several."""
+        return answers[0]
+
+    def describe(self, answer: dict[str, Any]) -> str:
+        """An answer for a person, in one line."""
+        return str(answer["text"])
+
+
+def best_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The class with the largest logit along the last dimension, and its distance from the second."""
+    best = logits.topk(2, dim=-1)
+    return best.indices[..., 0], best.values[..., 0] - best.values[..., 1]
 
 
 def build_task(
@@ -141,7 +202,7 @@ def build_task(
     options: TaskOptions,
     rows: Sequence[Row],
     where: Callable[[int], str],
-    tokenizer: Any,
+    processor: Any,
     base_config: Any,
 ) -> Task:
     """Configures a task from its training rows.
@@ -151,17 +212,17 @@ def build_task(
         options: What the recipe says.
         rows: The training rows, for the labels.
         where: Gives ``file:line`` of a row's number.
-        tokenizer: The base's tokenizer.
+        processor: The base's tokenizer, image processor or feature extractor.
         base_config: The base's config: its own label map is kept where it fits.
 
     Raises:
         DataError: The labels do not make a task.
     """
-    task: Task = importlib.import_module(TASKS[name].module).build(options, rows, where, tokenizer, base_config)
+    task: Task = importlib.import_module(TASKS[name].module).build(options, rows, where, processor, base_config)
     return task
 
 
-def restore_task(name: str, options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> Task:
+def restore_task(name: str, options: TaskOptions, state: dict[str, Any], processor: Any) -> Task:
     """Configures a task as it was when ``state`` was taken."""
-    task: Task = importlib.import_module(TASKS[name].module).restore(options, state, tokenizer)
+    task: Task = importlib.import_module(TASKS[name].module).restore(options, state, processor)
     return task

@@ -1,7 +1,6 @@
 """Text classification: one text or a pair; one label, several, or a number."""
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ticktune.console import figure
 from ticktune.errors import DataError, UsageError
-from ticktune.tasks.task import Batch, EncodingReport, Example, Row, TaskOptions
+from ticktune.tasks.classes import (
+    balanced_weights,
+    check_known,
+    class_answers,
+    class_loss,
+    class_metrics,
+    describe_class,
+    label_config,
+    label_name,
+    macro_auroc,
+    read_labels,
+    update_classes,
+)
+from ticktune.tasks.task import Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 
 Problem = Literal["single", "multi", "regression"]
 _CONFIG_NAMES = {
@@ -20,12 +33,11 @@ _CONFIG_NAMES = {
     "multi": "multi_label_classification",
     "regression": "regression",
 }
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
-class TextClassification:
+class TextClassification(Task):
     """The task, configured.
 
     Args:
@@ -33,12 +45,14 @@ class TextClassification:
         problem: ``single``, ``multi`` or ``regression``.
         labels: Names of the classes in the order of the logits; one entry, ``value``, for regression.
         tokenizer: The base's tokenizer.
+        weights: Weight of each class in the loss; None: all 1.
     """
 
     options: TaskOptions
     problem: Problem
     labels: tuple[str, ...]
     tokenizer: Any
+    weights: tuple[float, ...] | None = None
     name: str = "text-classification"
     auto_class: str = "AutoModelForSequenceClassification"
 
@@ -50,16 +64,15 @@ class TextClassification:
     def config(self) -> dict[str, Any]:
         """The label map, the problem type and the pad token."""
         return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {name: i for i, name in enumerate(self.labels)},
+            **label_config(self.labels),
             "problem_type": _CONFIG_NAMES[self.problem],
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
     def state(self) -> dict[str, Any]:
-        """Problem and labels."""
-        return {"problem": self.problem, "labels": list(self.labels)}
+        """Problem, labels and their weights."""
+        weights = None if self.weights is None else list(self.weights)
+        return {"problem": self.problem, "labels": list(self.labels), "weights": weights}
 
     def row_of(self, text: str) -> Row:
         """The text; a pair cannot be written as one line."""
@@ -73,7 +86,7 @@ class TextClassification:
         Raises:
             DataError: Naming the first such row.
         """
-        unknown: dict[str, int] = {}
+        found: list[tuple[str, int]] = []
         for i, row in enumerate(rows):
             label = row["label"]
             if self.problem == "regression":
@@ -83,17 +96,8 @@ class TextClassification:
             if (self.problem == "multi") != isinstance(label, list):
                 expected = "a list of labels" if self.problem == "multi" else "a label"
                 raise DataError(f"expected {expected}, found {label!r}", where=where(i))
-            for name in label if self.problem == "multi" else [label]:
-                if _name(name) not in self.labels:
-                    unknown.setdefault(_name(name), i)
-        if unknown:
-            name, i = next(iter(unknown.items()))
-            count = "1 label does" if len(unknown) == 1 else f"{len(unknown)} labels do"
-            raise DataError(
-                f"{count} not occur in the training rows: {', '.join(map(repr, list(unknown)[:5]))}",
-                where=where(i),
-                fix=f"the training rows have: {', '.join(self.labels[:20])}",
-            )
+            found += [(label_name(name), i) for name in (label if self.problem == "multi" else [label])]
+        check_known([name for name, _ in found], self.labels, lambda k: where(found[k][1]))
 
     def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
         """Tokenises; a text that is too long loses its end (of a pair, the longer one does)."""
@@ -131,7 +135,7 @@ class TextClassification:
             answer = str(target)
         return [("context", self.tokenizer.decode(example["input_ids"])), ("learned", answer)]
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
+    def collate(self, examples: Sequence[Example], *, seed: int | None = None) -> Batch:
         """Pads on the right to the longest; target is (batch,) int64 or (batch, labels) float32."""
         columns = {name: [e[name] for e in examples] for name in _INPUTS if name in examples[0]}
         batch: Batch = dict(
@@ -152,31 +156,25 @@ class TextClassification:
         """Token ids, mask, and segment ids where the tokenizer makes them; all (batch, seq) int64."""
         return {name: batch[name] for name in _INPUTS if name in batch}
 
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """Runs the model without labels; ``logits`` is (batch, labels)."""
-        return model(**self.inputs(batch))
-
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross entropy, mean binary cross entropy over the labels, or squared error; summed over rows."""
-        logits, target = outputs.logits.float(), batch["target"]
+        return self._loss(outputs.logits.float(), batch["target"])
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         if self.problem == "single":
-            return F.cross_entropy(logits, target, reduction="sum")
+            return class_loss(logits, target, self.weights, self.options.label_smoothing)
         if self.problem == "multi":
             return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(self.labels)
         return F.mse_loss(logits.squeeze(-1), target, reduction="sum")
-
-    def counted(self, batch: Batch) -> Tensor | None:
-        """All logits count."""
-        return None
 
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The class, or each label's yes or no; (batch,) or (batch, labels)."""
         if self.problem == "regression":
             return torch.zeros(len(logits), dtype=torch.long), torch.full((len(logits),), math.inf)
         if self.problem == "multi":
-            return (logits > 0).long(), logits.abs()
-        best = logits.topk(2, dim=-1)
-        return best.indices[..., 0], best.values[..., 0] - best.values[..., 1]
+            distance = logits - self._cut
+            return (distance > 0).long(), distance.abs()
+        return best_of(logits)
 
     def metrics(self) -> Any:
         """Metrics of torchmetrics; f1 is the macro average, auroc one against the rest."""
@@ -195,52 +193,50 @@ class TextClassification:
             }
         elif self.problem == "multi":
             scores = {
-                "f1": c.MultilabelF1Score(n),
-                "accuracy": c.MultilabelExactMatch(n),
-                "auroc": _macro_auroc(c.MultilabelAUROC, n),
+                "f1": c.MultilabelF1Score(n, threshold=self.options.threshold),
+                "accuracy": c.MultilabelExactMatch(n, threshold=self.options.threshold),
+                "auroc": macro_auroc(c.MultilabelAUROC, n),
             }
         else:
-            scores = {
-                "accuracy": c.MulticlassAccuracy(n, average="micro"),
-                "f1": c.MulticlassF1Score(n, average="macro"),
-                "mcc": c.MulticlassMatthewsCorrCoef(n),
-                "auroc": _macro_auroc(c.MulticlassAUROC, n),
-            }
+            return class_metrics(n)
         return nn.ModuleDict({**scores, "loss": MeanMetric()})
 
-    def update(self, metrics: Any, outputs: Any, batch: Batch) -> None:
+    def update(self, metrics: Any, logits: Tensor, batch: Batch) -> None:
         """Adds a batch; accuracy of several labels counts rows with all labels right."""
-        logits, target = outputs.logits.float(), batch["target"]
-        if self.problem == "regression":
-            predictions = logits.squeeze(-1)
-        elif self.problem == "multi":
-            predictions, target = logits.sigmoid(), target.long()
-        else:
-            predictions = logits.softmax(-1)
+        logits, target = logits.float(), batch["target"]
+        loss = self._loss(logits, target)
+        if self.problem == "single":
+            update_classes(metrics, logits, target, loss)
+            return
+        predictions = logits.squeeze(-1) if self.problem == "regression" else logits.sigmoid()
         for name, metric in metrics.items():
             if name != "loss":
-                metric.update(predictions, target)
-        metrics["loss"].update(self.loss(outputs, batch) / len(logits), weight=len(logits))
+                metric.update(predictions, target if self.problem == "regression" else target.long())
+        metrics["loss"].update(loss / len(logits), weight=len(logits))
 
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-        """Label and probability of each class, the labels above one half, or the value."""
-        logits = self.forward(model, batch).logits.float().cpu()
+        """Label and probability of each class, the labels above the threshold, or the value."""
+        logits = self.logits(self.forward(model, batch)).float().cpu()
         if self.problem == "regression":
             return [{"value": value} for value in logits.squeeze(-1).tolist()]
         if self.problem == "multi":
             rows = [dict(zip(self.labels, p, strict=True)) for p in logits.sigmoid().tolist()]
-            return [{"labels": [n for n, p in row.items() if p > 0.5], "probabilities": row} for row in rows]
-        answers = []
-        for probabilities in logits.softmax(-1).tolist():
-            best = max(range(len(self.labels)), key=lambda i: probabilities[i])
-            answers.append(
-                {
-                    "label": self.labels[best],
-                    "probability": probabilities[best],
-                    "probabilities": dict(zip(self.labels, probabilities, strict=True)),
-                }
-            )
-        return answers
+            least = self.options.threshold
+            return [{"labels": [n for n, p in row.items() if p > least], "probabilities": row} for row in rows]
+        return class_answers(logits, self.labels)
+
+    def describe(self, answer: dict[str, Any]) -> str:
+        """Label and probability, all labels, or the number."""
+        if "label" in answer:
+            return describe_class(answer)
+        if "labels" in answer:
+            return ", ".join(f"{n} {answer['probabilities'][n]:.4f}" for n in answer["labels"]) or "(none)"
+        return figure(answer["value"])
+
+    @property
+    def _cut(self) -> float:
+        """The logit from which on a label of several is predicted."""
+        return math.log(self.options.threshold / (1 - self.options.threshold))
 
     def _filler(self) -> int:
         end: int | None = self.tokenizer.eos_token_id
@@ -250,9 +246,9 @@ class TextClassification:
         if self.problem == "regression":
             return float(label)
         if self.problem == "multi":
-            present = {_name(name) for name in label}
+            present = {label_name(name) for name in label}
             return [float(name in present) for name in self.labels]
-        return self.labels.index(_name(label))
+        return self.labels.index(label_name(label))
 
 
 def build(
@@ -267,44 +263,22 @@ def build(
     problem = _problem_of(labels, options.problem, where)
     if problem == "regression":
         return TextClassification(options, problem, ("value",), tokenizer)
-    kinds = {type(name): i for i, label in enumerate(labels) for name in (label if problem == "multi" else [label])}
-    if len(kinds) > 1:
-        (one, i), (other, j) = list(kinds.items())[:2]
-        raise DataError(
-            f"labels are text in some rows and numbers in others: {labels[i]!r} here, {labels[j]!r} at {where(j)}",
-            where=where(i),
-            fix="write all labels in one way",
-        )
-    names = {_name(name) for label in labels for name in (label if problem == "multi" else [label])}
-    if len(names) < 2:
-        raise DataError(
-            f"all rows have the same label, {names.pop() if names else 'none'}: nothing can be learned",
-            where=where(0).rpartition(":")[0],
-        )
-    ordered = sorted(names, key=lambda n: (0, int(n), n) if _INTEGER.fullmatch(n) else (1, 0, n))
-    known = getattr(base_config, "id2label", None) or {}
-    known_names = [str(known[i]) for i in sorted(known)]
-    if set(known_names) == names:
-        ordered = known_names  # an existing head keeps its own order
-    return TextClassification(options, problem, tuple(ordered), tokenizer)
+    if problem == "single":
+        names = read_labels(labels, base_config, where)
+        balanced = options.class_weights == "balanced"
+        weights = tuple(balanced_weights([label_name(label) for label in labels], names)) if balanced else None
+        return TextClassification(options, problem, names, tokenizer, weights)
+    flat = [(name, i) for i, label in enumerate(labels) for name in label]
+    names = read_labels([name for name, _ in flat], base_config, lambda k: where(flat[k][1] if flat else 0))
+    return TextClassification(options, problem, names, tokenizer)
 
 
 def restore(options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> TextClassification:
     """The task as :meth:`TextClassification.state` recorded it."""
-    return TextClassification(options, state["problem"], tuple(state["labels"]), tokenizer)
-
-
-def _macro_auroc(kind: Any, classes: int) -> Any:
-    """AUROC averaged over the classes with rows inside and outside; torchmetrics counts the others as 0."""
-
-    class MacroAuroc(kind):  # type: ignore[misc]
-        def compute(self) -> Tensor:
-            target = torch.cat(self.target)
-            inside = target.sum(0) if target.ndim == 2 else torch.bincount(target, minlength=classes)
-            scores: Tensor = super().compute()
-            return scores[(inside > 0) & (inside < len(target))].mean()
-
-    return MacroAuroc(classes, average=None)
+    weights = state.get("weights")
+    return TextClassification(
+        options, state["problem"], tuple(state["labels"]), tokenizer, None if weights is None else tuple(weights)
+    )
 
 
 def _problem_of(labels: list[Any], asked: str, where: Callable[[int], str]) -> Problem:
@@ -344,9 +318,3 @@ def _number(label: Any) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _name(label: Any) -> str:
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return str(label).strip()

@@ -1,0 +1,128 @@
+"""What the tasks of pictures share: reading, random changes, pixel values."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ticktune.device import mix
+from ticktune.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def check_pictures(paths: Sequence[str], where: Callable[[int], str]) -> list[tuple[int, int]]:
+    """Refuses files that are no pictures; reads their headers only.
+
+    Returns:
+        Width and height of each, in pixels.
+
+    Raises:
+        DataError: Naming the first such row.
+    """
+    from PIL import Image as images
+    from PIL import UnidentifiedImageError
+
+    sizes = []
+    for i, path in enumerate(paths):
+        try:
+            with images.open(path) as image:
+                sizes.append(image.size)
+        except (UnidentifiedImageError, OSError, SyntaxError, images.DecompressionBombError) as error:
+            raise DataError(f"this is no picture: {error}", where=where(i)) from error
+    return sizes
+
+
+def read_picture(path: str) -> "Image":
+    """A picture in RGB, upright as its camera says.
+
+    Raises:
+        DataError: It cannot be decoded.
+    """
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    try:
+        with images.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
+        raise DataError(f"this picture cannot be read: {error}", where=path) from error
+
+
+class Change:
+    """A random change of one picture, the same for its boxes and masks.
+
+    Args:
+        augment: Strengths; see :class:`ticktune.recipe.schema.Augment`.
+        seed: Of what is random; None: nothing changes.
+        row: Number of the example, so that each has its own change.
+        size: Width and height in pixels.
+    """
+
+    def __init__(self, augment: Mapping[str, float], seed: int | None, row: int, size: tuple[int, int]) -> None:
+        width, height = size
+        self.box = (0, 0, width, height)
+        self.flip = False
+        self.factors = (1.0, 1.0, 1.0)
+        if seed is None:
+            return
+        rng = np.random.default_rng(mix(seed, row))
+        self.flip = bool(rng.random() < augment.get("flip", 0.0))
+        cut = rng.random(4)
+        share = augment.get("crop", 0.0)
+        if share:
+            kept_width = max(1, round(width * (1 - share * cut[0])))
+            kept_height = max(1, round(height * (1 - share * cut[1])))
+            left, top = round((width - kept_width) * cut[2]), round((height - kept_height) * cut[3])
+            self.box = (left, top, left + kept_width, top + kept_height)
+        jitter = augment.get("jitter", 0.0)
+        brightness, contrast, colour = (1 + jitter * rng.uniform(-1, 1, 3)).tolist()
+        self.factors = (brightness, contrast, colour)
+
+    def picture(self, image: "Image") -> "Image":
+        """The changed picture."""
+        from PIL import ImageEnhance
+
+        image = self.shape(image)
+        kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for kind, factor in zip(kinds, self.factors, strict=True):
+            if factor != 1.0:
+                image = kind(image).enhance(factor)
+        return image
+
+    def shape(self, image: "Image") -> "Image":
+        """A mask, or a picture, cut and mirrored; its colours stay."""
+        from PIL import ImageOps
+
+        if self.box != (0, 0, *image.size):
+            image = image.crop(self.box)
+        return ImageOps.mirror(image) if self.flip else image
+
+    def boxes(self, boxes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Boxes (n, 4) as left, top, width, height in pixels, cut and mirrored; and which of them are left."""
+        left, top, right, bottom = self.box
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        corners[:, 0::2] = corners[:, 0::2].clip(left, right) - left
+        corners[:, 1::2] = corners[:, 1::2].clip(top, bottom) - top
+        if self.flip:
+            corners[:, 0::2] = (right - left) - corners[:, 2::-2]
+        sizes = corners[:, 2:] - corners[:, :2]
+        whole = np.maximum(boxes[:, 2] * boxes[:, 3], 1e-9)
+        # Less than a quarter of a thing is no longer the thing.
+        kept = sizes.prod(axis=1) / whole > 0.25
+        return np.concatenate([corners[:, :2], sizes], axis=1)[kept], kept
+
+
+def pixel_values(processor: Any, images: Sequence["Image"]) -> Tensor:
+    """What a model takes of pictures: (batch, channels, height, width) float32.
+
+    Raises:
+        DataError: The processor gives pictures of several sizes.
+    """
+    values = processor(list(images), return_tensors="pt")["pixel_values"]
+    if not isinstance(values, torch.Tensor):
+        raise DataError("the base's image processor gives no tensor of pixels")
+    return values
