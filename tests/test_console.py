@@ -94,6 +94,26 @@ def test_a_result_is_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     assert lines[3].split() == ["[red]f1", "0.5\\x1b"]
 
 
+def test_a_table_breaks_no_word_where_the_longest_fit_side_by_side(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [["stack", "width field", "note"], ["text", "shared_expert_intermediate_size", "gated, merges " * 6]]
+    for columns in (60, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        Console().table(rows)
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= columns
+        words = " ".join(lines).split()
+        assert words.count("shared_expert_intermediate_size") == 1
+        assert (words.count("gated,"), words.count("merges")) == (6, 6)
+    # No room for the longest words: they are broken, and nothing is cut off.
+    monkeypatch.setenv("COLUMNS", "30")
+    Console().table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 30
+    assert "size" in "".join(lines)
+
+
 def test_a_result_is_json_on_a_terminal_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_terminal(monkeypatch)
     Console(as_json=True).result({"a": 1}, [["a"]])

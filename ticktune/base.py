@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ticktune.diagnosis import class_of, config_problem, model_problem
 from ticktune.errors import BaseModelError, Problem
 from ticktune.files import input_path, sha256_json
 from ticktune.quantize import check_package, is_coded, plain_parts
@@ -50,6 +51,11 @@ class BaseFiles:
         """The name without folders of this machine, for files that may be shared."""
         is_named = self.commit is not None or self.name.startswith("package:")
         return self.name if is_named else self.directory.resolve().name
+
+    @property
+    def config_name(self) -> str:
+        """Where its config.json is, for messages."""
+        return f"config.json of {self.name}" if self.commit is not None else str(self.directory / "config.json")
 
 
 def quiet_transformers() -> None:
@@ -94,18 +100,28 @@ def locate_config(model: str, *, revision: str | None = None, relative_to: Path 
         BaseModelError: It is not there.
     """
     base = _locate(model, revision, relative_to, ("config.json",))
-    if not (base.directory / "config.json").is_file():
-        raise BaseModelError("the directory has no config.json", where=f"base.model {model}")
+    _check_config(model, base.directory)
     return base
 
 
 def _locate(model: str, revision: str | None, relative_to: Path, files: tuple[str, ...]) -> BaseFiles:
     if model.startswith("package:"):
         return BaseFiles(model, _package_directory(model.removeprefix("package:")))
-    if input_path(model, relative_to).is_dir():
-        return BaseFiles(model, input_path(model, relative_to))
+    path = input_path(model, relative_to)
+    if path.is_dir():
+        return BaseFiles(model, path)
+    if path.is_file():
+        raise BaseModelError(
+            "it is a file, expected the directory that holds the model",
+            where=f"base.model {model}",
+            fix=f"name {Path(model).parent}",
+        )
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise BaseModelError("there is no such directory", where=f"base.model {model}")
+        raise BaseModelError(
+            "there is no such directory",
+            where=f"base.model {model}",
+            fix="name a directory that is there, a package (package:NAME), or a model of the Hub (owner/name)",
+        )
     directory = _download(model, revision, files)
     return BaseFiles(model, directory, directory.name)
 
@@ -120,13 +136,27 @@ def load_config(base: BaseFiles) -> Any:
 
     entries = _read_config(base)
     if "auto_map" in entries and "model_type" not in entries:
-        raise BaseModelError("this model needs code of its own, which is never run", where=f"base.model {base.name}")
+        raise BaseModelError(
+            "this model needs code of its own (auto_map in its config), which is never run",
+            where=f"base.model {base.name}",
+            fix="choose a model whose family transformers itself has",
+        )
     try:
         return AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
     except Exception as error:  # whatever a damaged config meets in transformers' own checks
-        raise BaseModelError(
-            f"its config cannot be used: {_first_line(error)}", where=f"base.model {base.name}"
-        ) from error
+        raise BaseModelError([config_problem(entries, error, base.config_name)]) from error
+
+
+def named_class(base: BaseFiles) -> str | None:
+    """Returns the model class that a base's config names, or None where it names none.
+
+    Raises:
+        BaseModelError: The entry is no list of names.
+    """
+    found = class_of(_read_config(base).get("architectures"), base.config_name)
+    if isinstance(found, Problem):
+        raise BaseModelError([found])
+    return found
 
 
 def load_tokenizer(base: BaseFiles) -> Any:
@@ -209,10 +239,7 @@ def without_weights(base: BaseFiles, auto_class: str, config: dict[str, Any] | N
             cls = getattr(transformers, auto_class)
             model: nn.Module = cls.from_config(entries) if auto_class.startswith("Auto") else cls(entries)
     except Exception as error:
-        raise BaseModelError(
-            f"its config describes no {auto_class} that transformers can build: {_first_line(error)}",
-            where=f"base.model {base.name}",
-        ) from error
+        raise BaseModelError([model_problem(auto_class, entries, error, base.config_name)]) from error
     return model
 
 
@@ -419,12 +446,26 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def weight_files(base: BaseFiles) -> list[Path]:
-    """Returns the safetensors files of a base, in order."""
+    """Returns the safetensors files of a base, in order.
+
+    Raises:
+        BaseModelError: Their index is damaged.
+    """
     index = base.directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [base.directory / name for name in names]
+        return [base.directory / name for name in _indexed_names(index)]
     return [base.directory / "model.safetensors"]
+
+
+def _indexed_names(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BaseModelError(
+            "the index of the weights is damaged",
+            where=str(index),
+            fix="get the file anew from where the model came from",
+        ) from error
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -508,16 +549,21 @@ def _download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:
     return Path(path)
 
 
+def _check_config(name: str, directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise BaseModelError(
+            "the directory has no config.json",
+            where=f"base.model {name}",
+            fix="name a folder that transformers' save_pretrained wrote, or one downloaded from the Hub",
+        )
+
+
 def _check_files(name: str, directory: Path) -> None:
     where = f"base.model {name}"
-    if not (directory / "config.json").is_file():
-        raise BaseModelError("the directory has no config.json", where=where)
+    _check_config(name, directory)
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, RecursionError) as error:
-            raise BaseModelError("the index of the weights is damaged", where=str(index)) from error
+        names = _indexed_names(index)
         outside = [n for n in names if Path(n).name != n]
         missing = [n for n in names if n not in outside and not (directory / n).is_file()]
         if outside or missing:
@@ -538,13 +584,26 @@ def _check_files(name: str, directory: Path) -> None:
 
 
 def _read_config(base: BaseFiles) -> dict[str, Any]:
-    path = base.directory / "config.json"
+    path, where = base.directory / "config.json", base.config_name
+    fix = "get the file anew from where the model came from"
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"the config is damaged: {_first_line(error)}", where=str(path)) from error
+        text = path.read_text(encoding="utf-8")
+        entries = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise BaseModelError("the config is damaged: it is no text in UTF-8", where=where, fix=fix) from error
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}" if text.strip() else where
+        found = f"no JSON ({error.msg})" if text.strip() else "empty"
+        raise BaseModelError(f"the config is damaged: it is {found}", where=place, fix=fix) from error
+    except RecursionError as error:
+        raise BaseModelError("the config is damaged: it is nested too deep", where=where, fix=fix) from error
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"the config cannot be read: {_first_line(error)}", where=where, fix=fix) from error
     if not isinstance(entries, dict):
-        raise BaseModelError("the config is not a JSON object", where=str(path))
+        found = "a list" if isinstance(entries, list) else json.dumps(entries)[:40]
+        raise BaseModelError(
+            f"the config is not a JSON object: found {found}, expected names and values in braces", where=where, fix=fix
+        )
     return entries
 
 

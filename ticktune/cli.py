@@ -9,7 +9,7 @@ import typer
 
 from ticktune import __version__
 from ticktune.console import Console
-from ticktune.errors import ReaderGone, TicktuneError, UsageError
+from ticktune.errors import Problem, ReaderGone, TicktuneError, UsageError
 
 app = typer.Typer(
     name="ticktune",
@@ -215,12 +215,16 @@ def inspect(
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub commit, tag or branch of a MODEL.")] = None,
     dim: Annotated[
-        int, typer.Option("--dim", min=0, max=65536, help="Hidden units of the ticks that are counted on a MODEL.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--dim", min=0, max=65536, help="Hidden units of the ticks that are counted on a MODEL; default: 64."
+        ),
+    ] = None,
 ) -> None:
     """Show what would be ticked and trained, whether it merges, and one decoded example; writes nothing."""
-    loaded = None
-    if Path(target).suffix in (".yaml", ".yml"):
+    is_recipe, loaded = Path(target).suffix in (".yaml", ".yml"), None
+    _refuse_unused(target, is_recipe, overrides or [], {"--dim": dim, "--revision": revision})
+    if is_recipe:
         from ticktune.recipe.load import load_recipe
 
         loaded = load_recipe(Path(target), overrides or [])
@@ -229,7 +233,7 @@ def inspect(
 
     console = context.obj["console"]
     if loaded is None:
-        inspection.inspect_base(target, console, revision=revision, dim=dim)
+        inspection.inspect_base(target, console, revision=revision, dim=64 if dim is None else dim)
     else:
         inspection.inspect_recipe(loaded, console)
 
@@ -284,6 +288,23 @@ def _unexpected(error: Exception, console: Console, debug: bool) -> int:
     bug.kind = "internal"
     console.error(bug)
     return 1
+
+
+def _refuse_unused(target: str, is_recipe: bool, overrides: list[str], options: dict[str, object]) -> None:
+    """Refuses what the command line gives ``inspect`` for the other kind of target: nothing is dropped in silence."""
+    keys = {"--dim": "ticks.dim", "--revision": "base.revision"}
+    problems = [
+        Problem(f"it is for a MODEL, and {target} is a recipe", f"inspect {name}", f"say {keys[name]}={value} instead")
+        for name, value in options.items()
+        if is_recipe and value is not None
+    ]
+    for word in () if is_recipe else overrides:
+        key, _, value = word.partition("=")
+        known = next((name for name, own in keys.items() if own == key and value), None)
+        fix = f"say {known} {value} instead" if known else "leave it out, or name a recipe (a .yaml or .yml file)"
+        problems.append(Problem(f"overrides are for a recipe, and {target} is a MODEL", f"inspect {word}", fix))
+    if problems:
+        raise UsageError(problems)
 
 
 def _flags_first(words: list[str]) -> list[str]:

@@ -100,13 +100,14 @@ class Console:
         from rich.text import Text
 
         head, *body = rows
+        console = RichConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
         table = Table(box=box.SIMPLE_HEAD)
-        for cell in head:
-            table.add_column(Text(clean(cell)), overflow="fold")
+        cells = [[clean_lines(cell) for cell in row] for row in rows]
+        for cell, width in zip(head, _widths(cells, console.width - 3 * len(head) - 1), strict=True):
+            table.add_column(Text(clean(cell)), overflow="fold", width=width)
         for row in body:
             table.add_row(*(Text(clean_lines(cell)) for cell in row))
         # A title of the table's own would be wrapped to the table's width.
-        console = RichConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
         console.print(*([Text(clean(title))] if title else []), table, sep="\n")
 
     def progress(self, total: int, start: int = 0) -> "Progress":
@@ -195,6 +196,24 @@ def figure(value: float) -> str:
 def table_of(figures: Iterable[tuple[str, float]]) -> list[list[str]]:
     """Rows of a two-column table of named figures."""
     return [["metric", "value"], *([name, figure(value)] for name, value in figures)]
+
+
+def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int | None]:
+    """Widths of the columns of a table that is too wide: no word is broken, such as the name of a config field.
+
+    None leaves a column to rich, which knows nothing of words: where all fit, or not even the longest words do.
+    """
+    from rich.cells import cell_len
+
+    columns = list(zip(*rows, strict=True))
+    wanted = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    if sum(wanted) <= room or sum(words) > room:
+        return [None] * len(columns)
+    while sum(wanted) > room:
+        widest = max(range(len(columns)), key=lambda i: wanted[i] if wanted[i] > words[i] else 0)
+        wanted[widest] -= 1
+    return list(wanted)
 
 
 def _json(document: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from ticktune.base import (
     BaseFiles,
     load_config,
     locate_config,
+    named_class,
     quiet_transformers,
     stored_bytes,
     stored_dtype,
@@ -19,6 +20,7 @@ from ticktune.console import Console
 from ticktune.export.widen import block_obstacle, merge_obstacle
 from ticktune.patch.attach import adapter_parameters, attach, attachment_of, head_candidates, unquantized_modules
 from ticktune.patch.layout import Ffn, Layout
+from ticktune.patch.routing import routing_obstacle
 from ticktune.prepare import prepare
 from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.quantize import saved_bytes
@@ -125,8 +127,8 @@ def inspect_base(name: str, console: Console, *, revision: str | None = None, di
     quiet_transformers()
     base = locate_config(name, revision=revision)
     config = load_config(base)
-    class_name = next(iter(getattr(config, "architectures", None) or []), None) or "AutoModel"
-    model = without_weights(base, class_name, {})
+    named = named_class(base)
+    model = without_weights(base, named or "AutoModel", {})
     total = sum(p.numel() for p in model.parameters())
     head = head_candidates(model)
     attach(model, dim, head=False)
@@ -136,9 +138,11 @@ def inspect_base(name: str, console: Console, *, revision: str | None = None, di
         counts["norms" if role == "norm" else "ticks"] += parameter.numel()
     trained, dtype = sum(counts.values()), _held_dtype(base, config)
     memory = {"frozen": total * _BYTES[dtype], "trained": trained * _TRAINED_BYTES}
-    blocks = _blocks(layout)
+    routing = _routing(model, layout)
+    blocks = _blocks(layout, routing)
     stored = stored_quantization(base)
     obstacles = _obstacles(layout) + ([quantized_obstacle(stored)] if stored else [])
+    refused = dict.fromkeys(text for text in routing.values() if text)
     document = {
         "base": name,
         "class": type(model).__name__,
@@ -150,6 +154,7 @@ def inspect_base(name: str, console: Console, *, revision: str | None = None, di
         "norms": {stack: _norm_counts(layout, stack) for stack in layout.sizes},
         "notes": layout.notes,
         "obstacles": obstacles,
+        "refused": [f"ticks.experts: block: {text}" for text in refused],
         "head": head,
         "dim": dim,
         "trained_parameters": dict(counts),
@@ -157,9 +162,9 @@ def inspect_base(name: str, console: Console, *, revision: str | None = None, di
     }
     rows = [
         ["what", "value"],
-        ["class", type(model).__name__],
+        ["class", _class_text(model, named)],
         ["parameters", f"{total:,}, held in {dtype}" + (f", quantised: {stored}" if stored else "")],
-        ["found", "; ".join(layout.notes) or "in the table of families"],
+        *([["note", note] for note in layout.notes] or [["blocks found", "by the table of families"]]),
         [
             f"trained with dim {dim}",
             f"{trained:,} ({100 * trained / (trained + total):.2f} %): "
@@ -170,10 +175,16 @@ def inspect_base(name: str, console: Console, *, revision: str | None = None, di
             f"{_size(memory['frozen'])} for the frozen base, {_size(memory['trained'])} for what is trained "
             "(weights, gradients, AdamW); activations come on top",
         ],
-        ["head", ", ".join(head) or "none"],
+        ["task head", ", ".join(head) or "none"],
         *[["does not merge", text] for text in obstacles],
+        *[["refused", f"ticks.experts: block, as {text}"] for text in refused],
     ]
     console.result(document, rows, name, [("feed-forward blocks", _block_rows(blocks)), ("norms", _norm_rows(layout))])
+
+
+def _class_text(model: Any, named: str | None) -> str:
+    own = type(model).__name__
+    return own if named in (None, own) else f"{own}; {named}, which the config names, is no model of transformers"
 
 
 def _held_dtype(base: BaseFiles, config: Any) -> str:
@@ -184,11 +195,24 @@ def _held_dtype(base: BaseFiles, config: Any) -> str:
     return named if named in _BYTES else "float32"
 
 
-def _blocks(layout: Layout) -> list[dict[str, Any]]:
+def _kind(ffn: Ffn) -> tuple[Any, ...]:
+    return (ffn.stack, ffn.slot.partition(".")[0], ffn.hidden_size, ffn.width, ffn.is_gated, ffn.count)
+
+
+def _routing(model: Any, layout: Layout) -> dict[tuple[Any, ...], str]:
+    """Kind of a block of experts -> why one tick beside them is refused, or an empty string."""
+    kinds: dict[tuple[Any, ...], list[Ffn]] = {}
+    for ffn in layout.ffns:
+        if ffn.experts is not None:
+            kinds.setdefault(_kind(ffn), []).append(ffn)
+    return {kind: routing_obstacle(model, ffns) for kind, ffns in kinds.items()}
+
+
+def _blocks(layout: Layout, routing: dict[tuple[Any, ...], str]) -> list[dict[str, Any]]:
     """One entry for each kind of block in each stack."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for ffn in layout.ffns:
-        kind = (ffn.stack, ffn.slot, ffn.hidden_size, ffn.width, ffn.is_gated, ffn.count)
+        kind = _kind(ffn)
         entry = found.setdefault(
             kind,
             {
@@ -202,23 +226,36 @@ def _blocks(layout: Layout) -> list[dict[str, Any]]:
                 "bias": ffn.has_bias,
                 "bias_field": ffn.bias_field,
                 "width_field": ffn.width_field,
-                "plain": _merges(ffn, "plain", layout.as_llama),
-                "gated_ticks": _merges(ffn, "gated", layout.as_llama),
+                "plain": _merges(ffn, "plain", layout),
+                "gated_ticks": _merges(ffn, "gated", layout),
+                "beside_experts": _beside(ffn, layout, routing.get(kind)),
             },
         )
-        entry["layers"].append(ffn.layer)
+        if ffn.slot.startswith("experts."):
+            entry["experts"] = max(entry["experts"], 1 + int(ffn.slot.rpartition(".")[2]))
+        if ffn.layer not in entry["layers"]:
+            entry["layers"].append(ffn.layer)
     return list(found.values())
 
 
-def _merges(ffn: Ffn, form: str, as_llama: bool) -> str:
-    if (form == "gated") != ffn.is_gated and (form == "gated" or ffn.experts is not None):
+def _merges(ffn: Ffn, form: str, layout: Layout) -> str:
+    """What ticks of a form do on a block; empty where there are none of that form."""
+    is_refused = any(f.experts is not None and f.is_gated for f in layout.ffns)  # plain ones, on the whole model
+    if (form == "gated") != ffn.is_gated and (form == "gated" or is_refused):
         return ""
-    if block_obstacle(ffn, form, as_llama):
-        can_be_llama = ffn.width_field is not None and as_llama
+    if block_obstacle(ffn, form, layout.as_llama):
+        can_be_llama = ffn.width_field is not None and layout.as_llama
         return "merges with --as llama" if can_be_llama else "trains, does not merge"
     if form == "plain" and not ffn.has_bias and ffn.bias_field is not None:
         return f"merges, {ffn.bias_field} becomes true"
     return "merges"
+
+
+def _beside(ffn: Ffn, layout: Layout, refused: str | None) -> str:
+    """What one tick beside all experts does; empty where there are none."""
+    if refused is None:
+        return ""
+    return "refused" if refused else _merges(ffn, "gated" if ffn.is_gated else "plain", layout)
 
 
 def _obstacles(layout: Layout) -> list[str]:
@@ -227,24 +264,26 @@ def _obstacles(layout: Layout) -> list[str]:
         block_obstacle(ffn, form, layout.as_llama)
         for ffn in layout.ffns
         for form in ("plain", "gated")
-        if _merges(ffn, form, layout.as_llama)
+        if _merges(ffn, form, layout)
     ]
     return [text for text in dict.fromkeys(texts) if text]
 
 
 def _block_rows(blocks: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["stack", "layers", "block", "width field", "ticks"]]
+    rows = [["stack", "layers", "block and its width field", "ticks"]]
     for entry in blocks:
         many = f"{entry['experts']} experts, " if entry["experts"] else ""
         kind = "gated" if entry["gated"] else "plain"
         bias = "" if entry["bias"] else ", no biases"
         forms = {"gated": entry["gated_ticks"], "plain": entry["plain"]}
+        if entry["experts"]:
+            forms = {"each": entry["gated_ticks"] or entry["plain"], "block": entry["beside_experts"]}
         rows.append(
             [
                 entry["stack"],
                 _ranges(entry["layers"]),
-                f"{many}{entry['hidden_size']} -> {entry['width']}, {kind} {entry['activation']}{bias}",
-                entry["width_field"] or "none: fixed",
+                f"{many}{entry['hidden_size']} -> {entry['width']}\n{kind} {entry['activation']}{bias}\n"
+                + (entry["width_field"] or "fixed width"),
                 "\n".join(f"{form}: {text}" for form, text in forms.items() if text),
             ]
         )
@@ -257,7 +296,7 @@ def _norm_counts(layout: Layout, stack: str) -> dict[str, int]:
 
 
 def _norm_rows(layout: Layout) -> list[list[str]]:
-    rows = [["stack", "norms by role"]]
+    rows = [["stack", "number by role"]]
     for stack in layout.sizes:
         counts = _norm_counts(layout, stack)
         rows.append([stack, ", ".join(f"{count} {slot}" for slot, count in counts.items()) or "none"])
@@ -302,7 +341,7 @@ def _layout_rows(layout: Layout) -> list[list[str]]:
                 f"({facts['activation']}, {bias} bias; {field})",
             ]
         )
-    return rows + [["found", note] for note in layout.notes]
+    return rows + [["note", note] for note in layout.notes]
 
 
 def _norm_text(keys: Sequence[str]) -> str:
@@ -312,7 +351,7 @@ def _norm_text(keys: Sequence[str]) -> str:
 
 def _ranges(numbers: Sequence[int]) -> str:
     steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
-    if len(numbers) > 2 and len(steps) == 1 and steps != {1}:
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]}, {numbers[1]}, … {numbers[-1]}"
     parts: list[list[int]] = []
     for number in numbers:

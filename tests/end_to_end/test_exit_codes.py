@@ -80,12 +80,41 @@ def test_2_no_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expect(2, ["eval"], capsys, "there is no complete run")
 
 
+def test_2_overrides_of_a_model(tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words: list[object] = ["inspect", tiny_bert, "ticks.dim=3", "base.revision=main", "foo=bar"]
+    expect(2, words, capsys, "error[usage]: inspect foo=bar: overrides are for a recipe", "say --dim 3 instead")
+    expect(2, words, capsys, "say --revision main instead", "leave it out, or name a recipe (a .yaml or .yml file)")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "key"), [("--dim", "4", "ticks.dim"), ("--revision", "a", "base.revision")]
+)
+def test_2_options_of_a_model_on_a_recipe(
+    recipe: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, key: str
+) -> None:
+    said = (f"error[usage]: inspect {option}: it is for a MODEL", f"fix: say {key}={value} instead")
+    expect(2, ["inspect", recipe, option, value], capsys, *said)
+    if option == "--dim":  # also when it is the default
+        expect(2, ["inspect", recipe, option, "64"], capsys, "ticks.dim=64")
+
+
 def test_3_base_that_is_not_there(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expect(3, ["train", recipe, "base.model=./nothing"], capsys, "error[base]", "no such directory")
 
 
 def test_3_base_package_that_is_not_installed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expect(3, ["train", recipe, "base.model=package:no_such_thing"], capsys, "pip install no-such-thing")
+
+
+def test_3_base_that_is_a_file(tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ("it is a file, expected the directory that holds the model", f"fix: name {tiny_bert}")
+    expect(3, ["inspect", tiny_bert / "config.json"], capsys, *said)
+
+
+def test_3_damaged_index_of_a_base_that_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors.index.json").write_text("[")
+    expect(3, ["inspect", tmp_path], capsys, "model.safetensors.index.json: the index of the weights is damaged")
 
 
 def test_3_family_without_a_provable_ffn(recipe: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +136,7 @@ def test_3_family_without_a_provable_ffn(recipe: Path, tiny_bert: Path, capsys: 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_bert / name, folder / name)
     expect(3, ["train", recipe, f"base.model={folder}"], capsys, "no feed-forward block was found: ibert", "no pair")
+    expect(3, ["inspect", folder], capsys, "fix: choose another base; docs/families.md lists those that take ticks")
     assert not (recipe.parent / "runs/tiny/adapter").exists()
 
 

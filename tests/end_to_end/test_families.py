@@ -25,6 +25,9 @@ def _save(folder: Path, name: str) -> Path:
         "stablelm": lambda: t.StableLmConfig(**glu),
         "mistral": lambda: t.MistralConfig(**glu, sliding_window=None),
         "mixtral": lambda: t.MixtralConfig(**glu, num_local_experts=4),
+        "qwen2_moe": lambda: t.Qwen2MoeConfig(
+            **glu, moe_intermediate_size=40, num_experts=4, num_experts_per_tok=2, norm_topk_prob=False
+        ),
         "albert": lambda: t.AlbertConfig(**size, intermediate_size=48, embedding_size=16, pad_token_id=0),
     }[name]()
     torch.manual_seed(0)
@@ -147,6 +150,70 @@ def test_a_config_is_enough_to_inspect(work: Path, capsys: pytest.CaptureFixture
     assert "no config.json" in capsys.readouterr().err
 
 
+def test_inspect_refuses_one_tick_beside_experts_where_train_does(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(work, _save(work, "qwen2_moe"), "{dim: 4, experts: block}")
+    for verb in ("inspect", "train"):
+        capsys.readouterr()
+        assert entry([verb, str(recipe)]) == 3
+        said = capsys.readouterr().err
+        assert "the routing weights of a token sum to 0." in said
+        assert "fix: set ticks.experts: each" in said
+
+
+def test_inspect_says_what_one_tick_beside_the_experts_of_a_base_does(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for name in ("mixtral", "qwen2_moe"):
+        (_save(work, name) / "model.safetensors").unlink()
+        found[name] = _answer(capsys, "inspect", work / name)
+    blocks = {name: [(b["gated_ticks"], b["beside_experts"]) for b in d["blocks"]] for name, d in found.items()}
+    assert blocks == {"mixtral": [("merges", "merges")], "qwen2_moe": [("merges", "refused"), ("merges", "")]}
+    # The plain form is refused on the whole of a model that has gated experts.
+    assert [b["plain"] for b in found["qwen2_moe"]["blocks"]] == ["", ""]
+    assert found["qwen2_moe"]["obstacles"] == found["mixtral"]["refused"] == []
+    assert found["qwen2_moe"]["refused"][0].startswith("ticks.experts: block: the routing weights of a token sum to 0.")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_inspect_breaks_no_name_at_80_columns(
+    name: str, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ticktune.console import Console
+    from ticktune.inspect import inspect_base
+
+    console = Console()
+    console.json = False  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
+    inspect_base(str(_save(work, name)), console)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()[1:])) <= 80  # the first is the folder's path
+    words = shown.split()
+    field = "shared_expert_intermediate_size" if name == "qwen2_moe" else "intermediate_size"
+    assert words.count(field) == 1
+    assert "each: merges" in shown
+    assert ("block: refused" if name == "qwen2_moe" else "block: merges") in shown
+
+
+def test_inspect_names_a_class_that_is_not_of_transformers(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ticktune.console import Console
+    from ticktune.inspect import inspect_base
+
+    path = _save(work, "mistral") / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["OurModel"]}))
+    console = Console()
+    console.json = False
+    monkeypatch.setenv("COLUMNS", "140")
+    capsys.readouterr()
+    inspect_base(str(path.parent), console)
+    assert "MistralModel; OurModel, which the config names, is no model of transformers" in capsys.readouterr().out
+
+
 def test_inspect_shows_tables_to_a_person(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +227,8 @@ def test_inspect_shows_tables_to_a_person(
     inspect_base(str(_save(work, "mistral")), console, dim=4)
     shown = " ".join(capsys.readouterr().out.split())
     for text in (
-        "32 -> 48, gated SiLU",
+        "32 -> 48",
+        "gated SiLU, no biases",
         "intermediate_size",
         "gated: merges",
         "2 attention, 2 ffn, 1 final",

@@ -258,6 +258,62 @@ def test_one_tick_beside_experts_whose_weights_do_not_sum_to_one_is_refused() ->
     assert attachment_of(model, missing_ok=True) is None
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
+def test_a_model_without_weights_is_answered_as_one_with_them(family: str) -> None:
+    real = models.families()[family]()
+    with torch.device("meta"):
+        bare = type(real)(real.config)
+    state = torch.random.get_rng_state()
+    refusals = []
+    for model in (real, bare):
+        try:
+            attach(model, DIM, experts="block")
+            refusals.append("")
+        except PatchError as error:
+            refusals.append(str(error).split(" sum to ")[0])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert refusals == ["the routing weights of a token" if family == "qwen2_moe" else ""] * 2
+
+
+def test_a_refusal_without_weights_says_where_it_was_seen() -> None:
+    with torch.device("meta"):
+        bare = type(models.families()["qwen2_moe"]())(models.table()["qwen2_moe"].config)
+    with pytest.raises(PatchError, match="seen on a small model of its class, as this one has no weights") as e:
+        attach(bare, DIM, experts="block")
+    assert e.value.problems[0].fix == "set ticks.experts: each"
+
+
+def test_a_block_that_multiplies_what_its_experts_give_is_refused_one_tick_beside_them() -> None:
+    model = models.families()["mixtral"]()
+    model.model.layers[1].mlp.register_forward_hook(lambda m, args, output: 2.5 * output)
+    with pytest.raises(PatchError, match=r"does not leave their block as it is \(it is multiplied by 2\.5\)"):
+        attach(model, DIM, experts="block")
+    attach(model, DIM, [0, 2], experts="block")
+
+
+def test_experts_that_are_given_something_else_are_refused_one_tick_beside_them() -> None:
+    model = models.families()["mixtral"]()
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda m, args: (2 * args[0], *args[1:]))
+    with pytest.raises(PatchError, match="the experts are not given what goes into their block"):
+        attach(model, DIM, experts="block")
+
+
+def test_routing_is_looked_at_without_the_noise_of_training() -> None:
+    model = models.families()["mixtral"]()
+    for layer in model.model.layers:
+        layer.mlp.jitter_noise = 0.3
+    model.train()
+    attach(model, DIM, experts="block")
+    assert all(module.training for module in model.modules())
+
+
+def test_a_block_of_experts_that_does_not_run_alone_is_refused_one_tick_beside_them() -> None:
+    model = models.families()["mixtral"]()
+    model.model.layers[0].mlp.gate.register_forward_hook(lambda m, args, output: 1 / 0)
+    with pytest.raises(PatchError, match="could not be seen: the block does not run alone"):
+        attach(model, DIM, experts="block")
+
+
 def test_ticks_of_gated_experts_are_gated() -> None:
     with pytest.raises(PatchError, match="ticks of gated experts are gated"):
         attach(models.families()["mixtral"](), DIM, form="plain")

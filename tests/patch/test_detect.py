@@ -124,6 +124,11 @@ def test_experts_that_are_modules_are_found_whether_or_not_a_run_reaches_them() 
     assert [names[id(f.up)].split(".")[-2] for f in in_layer] == [f"expert_{i}" for i in range(12)]
 
 
+def test_one_tick_beside_experts_that_are_modules_is_refused() -> None:
+    with pytest.raises(PatchError, match="modules of their own"):
+        attach(_unknown()["switch_transformers"](), 5, experts="block", head=False)
+
+
 def test_blocks_that_run_one_after_the_other_belong_to_their_layer() -> None:
     layout = find_layout(_unknown()["mobilebert"]())
     assert layout.sizes == {"encoder": 3}

@@ -13,6 +13,7 @@ from ticktune.errors import PatchError
 from ticktune.patch.detect import find_layout
 from ticktune.patch.layout import Ffn, Layout, Shared, unshare_layers
 from ticktune.patch.norms import own_parameters, train_norm
+from ticktune.patch.routing import routing_obstacle
 from ticktune.patch.ticks import ExpertTicks, Form, Tick
 from ticktune.quantize import is_coded
 
@@ -535,39 +536,16 @@ def _ends(ffn: Ffn) -> tuple[nn.Module, nn.Module]:
     return ffn.gate if ffn.gate is not None else ffn.up, ffn.down
 
 
-def _refuse_routing(ffn: Ffn) -> None:
-    """One tick beside a block of experts is the same tick in every expert only if their weights sum to one."""
-    assert ffn.experts is not None
-    if ffn.device.type == "meta":
-        return
-    seen: list[Tensor] = []
-    handle = ffn.down.register_forward_hook(
-        lambda m, args, kwargs, output: seen.append(args[2] if len(args) > 2 else kwargs["top_k_weights"]),
-        with_kwargs=True,
-    )
-    dtype = next(ffn.down.parameters()).dtype
-    x = torch.randn(1, 16, ffn.hidden_size, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.no_grad():
-            ffn.experts(x.to(ffn.device, dtype))
-    finally:
-        handle.remove()
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 0.02
-    sums = seen[0].float().sum(-1) if seen else torch.zeros(1)
-    if float((sums - 1).abs().max()) > tolerance:
-        raise PatchError(
-            f"the routing weights of a token sum to {float(sums.min()):.3g} to {float(sums.max()):.3g}, not to one, "
-            "so one tick beside the experts cannot be merged into them",
-            fix="set ticks.experts: each",
-        )
-
-
 def _check_plan(model: nn.Module, plan: Plan, layout: Layout) -> None:
     choose_form(plan.form, layout)
-    if plan.experts == "block":
-        for ffn in layout.ffns:
-            if ffn.experts is not None and has_tick(plan, ffn):
-                _refuse_routing(ffn)
+    beside = [ffn for ffn in layout.ffns if ffn.experts is not None and has_tick(plan, ffn)]
+    if plan.experts == "block" and any(f.slot.startswith("experts.") and has_tick(plan, f) for f in layout.ffns):
+        raise PatchError(
+            "one tick beside the experts is for experts that lie in one tensor, and these are modules of their own",
+            fix="set ticks.experts: each",
+        )
+    if plan.experts == "block" and (obstacle := routing_obstacle(model, beside)):
+        raise PatchError(obstacle, fix="set ticks.experts: each")
     select_layers(plan.layers, layout.sizes)
     for key in plan.norms:
         if key not in layout.norms:

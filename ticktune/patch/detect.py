@@ -7,7 +7,7 @@ found like any other; what does not hold numerically is refused.
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -44,7 +44,7 @@ from ticktune.patch.proof import (
     prove_blocks,
     residual,
 )
-from ticktune.patch.shrink import example_inputs, small_models
+from ticktune.patch.shrink import example_inputs, layer_counts, small_models
 
 _QUERY_OR_KEY = re.compile(r"(^|[._])(q|k|query|key)(_?(layer_?)?norm|_ln)", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec", re.IGNORECASE)
@@ -85,11 +85,7 @@ def find_layout(model: nn.Module, *, families: Families = FAMILIES) -> Layout:
         add_stacks(layout, body, found.stacks)
         _check_real(body, layout.ffns[before:])
     if not layout.ffns:
-        reason = "; ".join(reasons.values()) or f"this {type(model).__name__} has none of the layers of its family"
-        raise PatchError(
-            f"no feed-forward block was found: {reason}",
-            fix="train norms or the head alone in another way, or use a model that docs/families.md lists",
-        )
+        raise _nothing_found(model, reasons.values())
     # The outermost model of several towers has no layers of its own, as a rule.
     layout.notes += [f"no ticks in the {name}: {reason}" for name, reason in reasons.items() if name]
     layout.notes += _other_norms(layout, bodies[0].module)
@@ -104,6 +100,21 @@ def _other_norms(layout: Layout, body: nn.Module) -> list[str]:
         return []
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return [f"norms of no known role stay as they are: {', '.join(names[:2])}{more}"]
+
+
+def _nothing_found(model: nn.Module, reasons: Iterable[str]) -> PatchError:
+    counts = layer_counts(model.config)
+    if counts and all(value < 1 for _, value in counts):
+        found = ", ".join(f"{name} is {value}" for name, value in counts)
+        return PatchError(
+            f"this {type(model).__name__} has no layers, as {found} in its config",
+            fix=f"correct {counts[0][0]} in its config.json",
+        )
+    reason = "; ".join(reasons) or f"this {type(model).__name__} has none of the layers of its family"
+    return PatchError(
+        f"no feed-forward block was found: {reason}",
+        fix="choose another base; docs/families.md lists those that take ticks",
+    )
 
 
 @dataclass(frozen=True)

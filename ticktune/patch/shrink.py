@@ -272,6 +272,11 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(value)
 
 
+def layer_counts(config: Any) -> list[tuple[str, int]]:
+    """The entries of a config, and of those nested in it, that count layers."""
+    return [(k, v) for part in _parts(config) for k, v in vars(part).items() if k in _LAYERS and type(v) is int]
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
