@@ -13,16 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ticktune.errors import BaseModelError, Problem
+from ticktune.device import DTYPES
+from ticktune.errors import BaseModelError, Problem, first_line
 from ticktune.files import input_path, sha256_json
 from ticktune.quantize import check_package, is_coded, plain_parts
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -124,7 +119,7 @@ def load_config(base: BaseFiles) -> Any:
         return AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
     except Exception as error:  # whatever a damaged config meets in transformers' own checks
         raise BaseModelError(
-            f"its config cannot be used: {_first_line(error)}", where=f"base.model {base.name}"
+            f"its config cannot be used: {first_line(error)}", where=f"base.model {base.name}"
         ) from error
 
 
@@ -140,7 +135,7 @@ def load_tokenizer(base: BaseFiles) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BaseModelError(
-            f"its tokenizer cannot be used: {_first_line(error)}", where=f"base.model {base.name}"
+            f"its tokenizer cannot be used: {first_line(error)}", where=f"base.model {base.name}"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -182,7 +177,7 @@ def without_weights(base: BaseFiles, auto_class: str, config: dict[str, Any] | N
             model: nn.Module = cls.from_config(entries) if auto_class.startswith("Auto") else cls(entries)
     except Exception as error:
         raise BaseModelError(
-            f"its config describes no {auto_class} that transformers can build: {_first_line(error)}",
+            f"its config describes no {auto_class} that transformers can build: {first_line(error)}",
             where=f"base.model {base.name}",
         ) from error
     return model
@@ -230,7 +225,7 @@ def load_model(
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
             base.directory,
-            dtype=_DTYPES.get(dtype, "auto"),
+            dtype=DTYPES.get(dtype, "auto"),
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
@@ -243,7 +238,7 @@ def load_model(
         # head; what it says then names neither.
         fix = "such files open only under the class that saved them" if method == "torchao" else ""
         raise BaseModelError(
-            f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}", fix=fix
+            f"it cannot be loaded: {first_line(error)}", where=f"base.model {base.name}", fix=fix
         ) from error
     layer_tensors = [k for k in info["unexpected_keys"] if any(part.isdigit() for part in k.split("."))]
     if layer_tensors:
@@ -415,7 +410,7 @@ def read_header(file: Path) -> dict[str, Any]:
         if 8 + length + end != file.stat().st_size:
             raise ValueError("the file is not as long as its header says")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BaseModelError(f"the weights are damaged: {_first_line(error)}", where=str(file)) from error
+        raise BaseModelError(f"the weights are damaged: {first_line(error)}", where=str(file)) from error
     return header
 
 
@@ -469,7 +464,7 @@ def _download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:
             ignore_patterns=["*/*", "consolidated*"],
         )
     except (HfHubHTTPError, HFValidationError) as error:
-        raise BaseModelError(f"the Hub does not have it: {_first_line(error)}", where=where) from error
+        raise BaseModelError(f"the Hub does not have it: {first_line(error)}", where=where) from error
     except (LocalEntryNotFoundError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise BaseModelError(
@@ -514,11 +509,7 @@ def _read_config(base: BaseFiles) -> dict[str, Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"the config is damaged: {_first_line(error)}", where=str(path)) from error
+        raise BaseModelError(f"the config is damaged: {first_line(error)}", where=str(path)) from error
     if not isinstance(entries, dict):
         raise BaseModelError("the config is not a JSON object", where=str(path))
     return entries
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

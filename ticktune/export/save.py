@@ -11,21 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.adapter import AdapterFacts
+from ticktune.device import DTYPES
 from ticktune.errors import ExportError
 from ticktune.export.express import as_llama, probe
 from ticktune.export.verify import TOLERANCE, Decide, Verification, compare, distance, stock_logits
-from ticktune.export.widen import Widening, widen
+from ticktune.export.widen import Widening, put_head, widen
 from ticktune.files import new_directory, read_json, verify_directory, write_json, write_text
 from ticktune.patch.attach import Plan
 from ticktune.report.card import merged_card
 
 FACTS = "ticktune.json"
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True)
@@ -102,11 +97,11 @@ def write_merged(
         new_directory(target, replace=replace) as temporary,
     ):
         control, whole = Path(name) / "control", Path(name) / "merged"
-        _put_head(model, plan, tensors)
+        put_head(model, plan, tensors)
         if express == "llama":
             model = express_as_llama(model)
         _save(model, control)
-        exact = not_exact_in(model, _DTYPES[dtype]) - set(plan.head) if keep_exact else set[str]()
+        exact = not_exact_in(model, DTYPES[dtype]) - set(plan.head) if keep_exact else set[str]()
         widened = widen(model, plan, tensors, pad_to=pad_to)
         final = temporary if dtype == "float32" else whole
         _save(model, final)
@@ -117,7 +112,7 @@ def write_merged(
         found = compare(evidence.ours, merged, evidence.base, reloaded, evidence.masks, evidence.decide)
         cast: dict[str, Any] = {}
         if dtype != "float32":
-            cast_model(model, _DTYPES[dtype], exact)
+            cast_model(model, DTYPES[dtype], exact)
             _save(model, temporary)
             [cast_logits] = stock_logits([(temporary, auto_class, "auto")], evidence.batches)
             cast = _cast_drift(evidence, merged, cast_logits, dtype)
@@ -217,12 +212,6 @@ def express_as_llama(model: nn.Module) -> nn.Module:
 
 def _save(model: nn.Module, directory: Path) -> None:
     model.save_pretrained(directory)  # type: ignore[operator]
-
-
-def _put_head(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name in plan.head:
-            model.get_parameter(name).copy_(tensors[f"head.{name}"])
 
 
 def drift_of(evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, Any]:

@@ -151,10 +151,16 @@ def widen(
         for key in plan.norms:
             for name, parameter in layout.norms[key].named_parameters(recurse=False):
                 parameter.copy_(tensors[f"{key}.{name}"])
-        for name in plan.head:
-            model.get_parameter(name).copy_(tensors[f"head.{name}"])
+    put_head(model, plan, tensors)
     _write_for_other_readers(model.config)
     return found
+
+
+def put_head(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
+    """Gives a stock model the adapter's head."""
+    with torch.no_grad():
+        for name in plan.head:
+            model.get_parameter(name).copy_(tensors[f"head.{name}"])
 
 
 def _write_for_other_readers(config: Any) -> None:

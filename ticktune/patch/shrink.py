@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ticktune.errors import first_line
+
 Way = Literal["narrow", "scaled", "short", "filled", "large images"]
 
 HIDDEN, HEADS, HEAD_DIM, WIDTH = 64, 4, 16, 96
@@ -145,7 +147,7 @@ def small_models(cls: type[nn.Module], config: Any) -> Iterator[nn.Module]:
             built = True
             yield model
     if not built:
-        raise ValueError(_build_error(cls, config) or _first_line(reasons[0])) from reasons[0]
+        raise ValueError(_build_error(cls, config) or first_line(reasons[0])) from reasons[0]
 
 
 def _build_error(cls: type[nn.Module], config: Any) -> str:
@@ -154,7 +156,7 @@ def _build_error(cls: type[nn.Module], config: Any) -> str:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             cls(copy.deepcopy(config))
     except Exception as error:  # noqa: BLE001 - any class of any version may stand here
-        return f"transformers itself builds no model of this config: {_first_line(error)}"
+        return f"transformers itself builds no model of this config: {first_line(error)}"
     return ""
 
 
@@ -270,10 +272,6 @@ def _parts(config: Any) -> Iterator[Any]:
     for value in vars(config).values():
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             yield from _parts(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class _Shrinking:
