@@ -251,6 +251,8 @@ def load_model(
         for part in plain_parts(parameter):
             if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
                 raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
+    if dtype == "float64" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped kernels take no float64
     mismatched = [entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]]
     if method is not None:
         mismatched += _fit_head(model)
@@ -274,14 +276,25 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, base: BaseFiles) -> None:
         )
 
 
-def stored_dtype(base: BaseFiles) -> str:
-    """Returns the dtype that most of the checkpoint's values are stored in, as torch names it."""
+def merging_dtype(base: BaseFiles) -> str:
+    """Returns the dtype in which merging rounds nothing: float64 where a tensor of the files is, else float32."""
+    return "float64" if "F64" in _stored_sizes(base) else "float32"
+
+
+def _stored_sizes(base: BaseFiles) -> dict[str, int]:
+    """Bytes of each dtype in a base's files, by the names of safetensors."""
     sizes: dict[str, int] = {}
     for file in weight_files(base):
         for name, entry in read_header(file).items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    return sizes
+
+
+def stored_dtype(base: BaseFiles) -> str:
+    """Returns the dtype that most of the checkpoint's values are stored in, as torch names it."""
+    sizes = _stored_sizes(base)
     # Codes of quantised weights are integers and say nothing of what they stand for.
     floating = [name for name in sizes if name in _SAFETENSORS_DTYPES]
     return _SAFETENSORS_DTYPES[max(floating, key=lambda name: sizes[name], default="F32")]
