@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ticktune.errors import first_line
 from ticktune.patch.layout import is_conv1d, items_of, projection_size
 from ticktune.patch.shrink import example_inputs
 
@@ -203,11 +204,6 @@ def residual(a: Tensor, b: Tensor) -> float:
     scale = float(b.double().abs().max())
     found = float((a.double() - b.double()).abs().max()) / max(scale, 1e-300)
     return found if found == found else float("inf")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in short; its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # The run

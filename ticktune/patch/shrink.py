@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ticktune.errors import first_line
+
 Way = Literal["narrow", "scaled", "short", "filled", "large images"]
 
 HIDDEN, HEADS, HEAD_DIM, WIDTH = 64, 4, 16, 96
@@ -149,7 +151,7 @@ def small_models(cls: type[nn.Module], config: Any) -> Iterator[nn.Module]:
             built = True
             yield model
     if not built:
-        raise ValueError(_build_error(cls, config) or _first_line(reasons[0])) from reasons[0]
+        raise ValueError(_build_error(cls, config) or first_line(reasons[0])) from reasons[0]
 
 
 def _build_error(cls: type[nn.Module], config: Any) -> str:
@@ -158,7 +160,7 @@ def _build_error(cls: type[nn.Module], config: Any) -> str:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             cls(copy.deepcopy(config))
     except Exception as error:  # noqa: BLE001 - any class of any version may stand here
-        return f"transformers itself builds no model of this config: {_first_line(error)}"
+        return f"transformers itself builds no model of this config: {first_line(error)}"
     return ""
 
 
@@ -282,10 +284,6 @@ def _parts(config: Any) -> Iterator[Any]:
 def layer_counts(config: Any) -> list[tuple[str, int]]:
     """The entries of a config, and of those nested in it, that count layers."""
     return [(k, v) for part in _parts(config) for k, v in vars(part).items() if k in _LAYERS and type(v) is int]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class _Shrinking:
@@ -422,7 +420,7 @@ class _Shrinking:
         if name == "image_size" and self._way != "large images":
             return min(value, _PIXELS)
         if name == "image_embedding_size" and self._way != "large images":
-            return min(value, _PIXELS // self._entries.get("patch_size", _PATCH))
+            return min(value, _PIXELS // int(self._entries.get("patch_size", _PATCH)))
         return _by_rule(name, value)
 
 
