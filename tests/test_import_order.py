@@ -23,6 +23,7 @@ ORDER = [
     "ticktune.tasks.task",
     "ticktune.tasks.classes",
     "ticktune.tasks.text_classification",
+    "ticktune.tasks.token_classification",
     "ticktune.tasks.pictures",
     "ticktune.tasks.image_classification",
     "ticktune.tasks.causal_lm",

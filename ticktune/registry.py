@@ -51,6 +51,14 @@ TASKS: dict[str, TaskRow] = {
             "loss": False,
         },
     ),
+    "token-classification": TaskRow(
+        module="ticktune.tasks.token_classification",
+        columns=(frozenset({"tokens", "tags"}),),
+        optional_columns=frozenset({"text"}),
+        label_columns=frozenset({"tags"}),
+        text_columns=frozenset({"text"}),
+        metrics={"f1": True, "precision": True, "recall": True, "token_accuracy": True, "loss": False},
+    ),
     "image-classification": TaskRow(
         module="ticktune.tasks.image_classification",
         columns=(frozenset({"image", "label"}),),
