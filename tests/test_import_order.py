@@ -26,6 +26,7 @@ ORDER = [
     "ticktune.tasks.pictures",
     "ticktune.tasks.image_classification",
     "ticktune.tasks.causal_lm",
+    "ticktune.tasks.seq2seq_lm",
     "ticktune.diagnosis",
     "ticktune.base",
     "ticktune.patch.ticks",

@@ -73,4 +73,18 @@ TASKS: dict[str, TaskRow] = {
             "training.batch_size": 16,
         },
     ),
+    "seq2seq-lm": TaskRow(
+        module="ticktune.tasks.seq2seq_lm",
+        columns=(frozenset({"source", "target"}),),
+        label_columns=frozenset({"target"}),
+        text_columns=frozenset({"source", "target"}),
+        metrics={
+            "perplexity": False,
+            "token_accuracy": True,
+            "loss": False,
+            "bleu": True,
+            "chrf": True,
+            "rouge_l": True,
+        },
+    ),
 }
