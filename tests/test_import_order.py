@@ -25,6 +25,7 @@ ORDER = [
     "ticktune.tasks.text_classification",
     "ticktune.tasks.pictures",
     "ticktune.tasks.image_classification",
+    "ticktune.tasks.answers",
     "ticktune.tasks.causal_lm",
     "ticktune.tasks.seq2seq_lm",
     "ticktune.diagnosis",

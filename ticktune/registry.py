@@ -65,7 +65,7 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"response"}),
         text_columns=frozenset({"text", "prompt", "response"}),
         documents=True,
-        metrics={"perplexity": False, "token_accuracy": True, "loss": False},
+        metrics={"perplexity": False, "token_accuracy": True, "exact_match": True, "loss": False},
         defaults={
             "data.max_length": 512,
             "optimizer.lr": 1e-4,
