@@ -22,7 +22,7 @@ from ticktune.versions import require
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 # Config entries that name this run's file layout or the writer's version, not the function.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version")
 
@@ -164,6 +164,12 @@ def load_tokenizer(base: BaseFiles) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
+    except ImportError as error:
+        raise BaseModelError(
+            f"its tokenizer needs a package that is missing: {_first_line(error)}",
+            where=f"base.model {base.name}",
+            fix="pip install sentencepiece sacremoses, or the package that is named there",
+        ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BaseModelError(
             f"its tokenizer cannot be used: {first_line(error)}", where=f"base.model {base.name}"

@@ -73,12 +73,26 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"response"}),
         text_columns=frozenset({"text", "prompt", "response"}),
         documents=True,
-        metrics={"perplexity": False, "token_accuracy": True, "loss": False},
+        metrics={"perplexity": False, "token_accuracy": True, "exact_match": True, "loss": False},
         defaults={
             "data.max_length": 512,
             "optimizer.lr": 1e-4,
             "schedule.name": "cosine",
             "training.batch_size": 16,
+        },
+    ),
+    "seq2seq-lm": TaskRow(
+        module="ticktune.tasks.seq2seq_lm",
+        columns=(frozenset({"source", "target"}),),
+        label_columns=frozenset({"target"}),
+        text_columns=frozenset({"source", "target"}),
+        metrics={
+            "perplexity": False,
+            "token_accuracy": True,
+            "loss": False,
+            "bleu": True,
+            "chrf": True,
+            "rouge_l": True,
         },
     ),
 }

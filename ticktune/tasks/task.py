@@ -29,6 +29,7 @@ class TaskOptions:
         problem: ``auto``, ``single``, ``multi`` or ``regression``.
         max_new_tokens: Longest generated continuation, in tokens.
         num_beams: Beams of generation; 1 = greedy.
+        answer: Pattern whose first group is the answer inside a response; None: responses have none.
         overlap: Tokens that the windows of one long row share.
         threshold: Probability from which on a label of several is predicted.
         class_weights: ``balanced``: each class counts as much as the others in the loss.
@@ -42,6 +43,7 @@ class TaskOptions:
     max_new_tokens: int = 128
     num_beams: int = 1
     overlap: int = 64
+    answer: str | None = None
     threshold: float = 0.5
     class_weights: str = "none"
     label_smoothing: float = 0.0
