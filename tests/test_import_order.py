@@ -25,6 +25,7 @@ ORDER = [
     "ticktune.tasks.text_classification",
     "ticktune.tasks.pictures",
     "ticktune.tasks.image_classification",
+    "ticktune.tasks.semantic_segmentation",
     "ticktune.tasks.causal_lm",
     "ticktune.diagnosis",
     "ticktune.base",
