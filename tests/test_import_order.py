@@ -26,6 +26,7 @@ ORDER = [
     "ticktune.tasks.pictures",
     "ticktune.tasks.image_classification",
     "ticktune.tasks.semantic_segmentation",
+    "ticktune.tasks.object_detection",
     "ticktune.tasks.causal_lm",
     "ticktune.diagnosis",
     "ticktune.base",

@@ -67,6 +67,14 @@ TASKS: dict[str, TaskRow] = {
         processor="image",
         metrics={"mean_iou": True, "pixel_accuracy": True, "loss": False},
     ),
+    "object-detection": TaskRow(
+        module="ticktune.tasks.object_detection",
+        columns=(frozenset({"image", "objects"}),),
+        label_columns=frozenset({"objects"}),
+        file_columns=frozenset({"image"}),
+        processor="image",
+        metrics={"map": True, "map50": True, "loss": False},
+    ),
     "causal-lm": TaskRow(
         module="ticktune.tasks.causal_lm",
         columns=(frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})),

@@ -60,7 +60,9 @@ def test_digits_learn_more_than_the_head_and_merge_into_a_stock_classifier(
     from transformers import ViTConfig
 
     small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-    base = pretrain.image_model(data_folder, tmp_path / "base", ViTConfig(**small, image_size=28, patch_size=7), size=28)
+    base = pretrain.image_model(
+        data_folder, tmp_path / "base", ViTConfig(**small, image_size=28, patch_size=7), size=28
+    )
     words = [f"base.model={base}", "training={batch_size: 25, epochs: 4, precision: fp32}", "evaluation.every=200"]
     rates = ["optimizer={lr: 4e-3, norm_lr: 6e-3, head_lr: 1e-2}"]
     # 500 test pictures: 0.06 more are right than with the head alone (0.02 to 0.10).

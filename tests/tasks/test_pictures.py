@@ -1,4 +1,4 @@
-"""Pictures: every kind of file becomes upright RGB, broken ones are named, changes are seeded and fit boxes and masks."""
+"""Pictures: every kind of file becomes upright RGB, broken ones are named, changes fit boxes and masks."""
 
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,8 @@ def test_a_cut_leaves_at_least_the_share_that_it_may_and_lies_inside() -> None:
     assert boxes.min() >= 0
     assert (boxes[:, 2] <= 200).all()
     assert (boxes[:, 3] <= 100).all()
-    assert (140 <= widths.min()) and widths.min() < 150
-    assert (70 <= heights.min()) and heights.min() < 75
+    assert 140 <= widths.min() < 150
+    assert 70 <= heights.min() < 75
     assert boxes[:, 0].max() > 30
 
 

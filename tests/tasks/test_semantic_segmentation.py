@@ -454,8 +454,18 @@ def test_the_stock_model_s_own_loss_is_ours_where_masks_have_one_size(tmp_path: 
     rng = np.random.default_rng(1)
     rows = [row_of(tmp_path, name, rng.choice([1, 7, 300], size=(8, 8))) for name in "ab"]
     task = build(rows, classes=GROUPS)
-    config = SegformerConfig(num_encoder_blocks=1, depths=[1], sr_ratios=[1], hidden_sizes=[8], patch_sizes=[3],
-                             strides=[2], num_attention_heads=[1], mlp_ratios=[2], decoder_hidden_size=8, **task.config())  # fmt: skip
+    config = SegformerConfig(
+        num_encoder_blocks=1,
+        depths=[1],
+        sr_ratios=[1],
+        hidden_sizes=[8],
+        patch_sizes=[3],
+        strides=[2],
+        num_attention_heads=[1],
+        mlp_ratios=[2],
+        decoder_hidden_size=8,
+        **task.config(),
+    )
     model = SegformerForSemanticSegmentation(config).eval()
     batch = task.collate(encoded(task, rows))
     theirs = model(pixel_values=batch["pixel_values"], labels=batch["mask"].long()).loss

@@ -205,16 +205,15 @@ class SemanticSegmentation(Task):
         table = np.full(65536, NO_CLASS, dtype=np.uint8)
         for c, values in enumerate(self.values):
             table[list(values)] = c
-        return table[read_mask(path, path)]
+        classes: np.ndarray[Any, Any] = table[read_mask(path, path)]
+        return classes
 
     def _changed(self, path: str, change: Change) -> "np.ndarray[Any, Any]":
         from PIL import Image
 
         return np.array(change.shape(Image.fromarray(self._classes_of(path))))
 
-    def _losses(
-        self, logits: Tensor, batch: Batch, smoothing: float, weights: Sequence[float] | None
-    ) -> Tensor:
+    def _losses(self, logits: Tensor, batch: Batch, smoothing: float, weights: Sequence[float] | None) -> Tensor:
         """The loss of each picture, (batch,); 0 where no pixel has a class."""
         weight = None if weights is None else torch.tensor(weights, device=logits.device)
         losses = []
