@@ -27,6 +27,8 @@ ORDER = [
     "ticktune.tasks.pictures",
     "ticktune.tasks.image_classification",
     "ticktune.tasks.answers",
+    "ticktune.tasks.semantic_segmentation",
+    "ticktune.tasks.object_detection",
     "ticktune.tasks.causal_lm",
     "ticktune.tasks.seq2seq_lm",
     "ticktune.diagnosis",

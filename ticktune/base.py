@@ -166,7 +166,7 @@ def load_tokenizer(base: BaseFiles) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
     except ImportError as error:
         raise BaseModelError(
-            f"its tokenizer needs a package that is missing: {_first_line(error)}",
+            f"its tokenizer needs a package that is missing: {first_line(error)}",
             where=f"base.model {base.name}",
             fix="pip install sentencepiece sacremoses, or the package that is named there",
         ) from error

@@ -113,6 +113,7 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         class_weights=recipe.loss.weights,
         label_smoothing=recipe.loss.label_smoothing,
         augment=recipe.data.augment.model_dump(),
+        classes=recipe.data.classes,
     )
     task = build_task(recipe.task, options, train.as_list(), train.where, processor, load_config(base))
     for name in rows:

@@ -67,6 +67,22 @@ TASKS: dict[str, TaskRow] = {
         processor="image",
         metrics={"accuracy": True, "f1": True, "mcc": True, "auroc": True, "top5": True, "loss": False},
     ),
+    "semantic-segmentation": TaskRow(
+        module="ticktune.tasks.semantic_segmentation",
+        columns=(frozenset({"image", "mask"}),),
+        label_columns=frozenset({"mask"}),
+        file_columns=frozenset({"image", "mask"}),
+        processor="image",
+        metrics={"mean_iou": True, "pixel_accuracy": True, "loss": False},
+    ),
+    "object-detection": TaskRow(
+        module="ticktune.tasks.object_detection",
+        columns=(frozenset({"image", "objects"}),),
+        label_columns=frozenset({"objects"}),
+        file_columns=frozenset({"image"}),
+        processor="image",
+        metrics={"map": True, "map50": True, "loss": False},
+    ),
     "causal-lm": TaskRow(
         module="ticktune.tasks.causal_lm",
         columns=(frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})),

@@ -196,7 +196,12 @@ def evaluate(
 
 
 def predict_rows(
-    words: Sequence[str], console: Console, *, standard_input: Callable[[], bytes], base: str | None = None
+    words: Sequence[str],
+    console: Console,
+    *,
+    standard_input: Callable[[], bytes],
+    base: str | None = None,
+    draw: Path | None = None,
 ) -> None:
     """Prints one prediction a row.
 
@@ -205,6 +210,7 @@ def predict_rows(
         console: Where to print.
         standard_input: Reads it.
         base: The base, where the recorded one cannot be found.
+        draw: A folder that receives each prediction as a picture, named by the row's own picture and its number.
 
     Raises:
         TicktuneError: Of the stage that found a problem.
@@ -218,7 +224,10 @@ def predict_rows(
     _warn_stand_in(used, console)
     rows = prediction_rows(words, used, standard_input)
     examples = encode(used.task, rows, used.processor_files, labelled=False)
-    for answer in predict(used.model, used.task, examples, used.compute, _PREDICT_BATCH):
+    for number, answer in enumerate(predict(used.model, used.task, examples, used.compute, _PREDICT_BATCH)):
+        if draw is not None:
+            row = rows.dataset[number]
+            _save_drawing(used.task.draw(row, answer), draw / f"{Path(row['image']).stem[:100]}-{number + 1}.png")
         console.line(answer, used.task.describe(answer))
 
 
@@ -372,6 +381,12 @@ def refuse_several_processes() -> None:
             where="environment",
             fix="start one process, without torchrun, or unset WORLD_SIZE",
         )
+
+
+def _save_drawing(picture: Any, path: Path) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
 
 
 def _bound(text: str, at_least: bool) -> tuple[str, float, bool]:

@@ -133,3 +133,59 @@ def denoiser(data: Path, target: Path, *, steps: int = 400) -> Path:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
+
+
+def segmentation_model(data: Path, target: Path, classes: dict[str, list[int]], *, size: int, steps: int = 200) -> Path:
+    """Trains a small SegFormer on the scenes' coarse parts, and saves its encoder and image processor.
+
+    It learns to tell sky, what lies below and what stands between; what those things are is for the fine-tuning.
+
+    Args:
+        data: Folder of the data sets.
+        target: Where the model is saved.
+        classes: Of the fine-tuning; the first four are things, the next are surroundings.
+        size: Pixels of a picture's sides.
+        steps: Of training.
+    """
+    import numpy as np
+    from PIL import Image
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
+
+    torch.manual_seed(0)
+    coarse = {"sky": ["sky"], "below": ["ground", "water"], "upright": ["plant", "building"]}
+    table = np.full(256, len(coarse))
+    table[0] = 255
+    for number, names in enumerate(coarse.values()):
+        table[[value for name in names for value in classes[name]]] = number
+    config = SegformerConfig(
+        num_encoder_blocks=3,
+        depths=[1, 2, 2],
+        sr_ratios=[4, 2, 1],
+        hidden_sizes=[16, 32, 64],
+        patch_sizes=[7, 3, 3],
+        strides=[4, 2, 2],
+        num_attention_heads=[1, 2, 4],
+        mlp_ratios=[2, 2, 2],
+        decoder_hidden_size=32,
+        drop_path_rate=0.0,
+        classifier_dropout_prob=0.0,
+        num_labels=len(coarse) + 1,
+    )
+    model = SegformerForSemanticSegmentation(config)
+    processor = SegformerImageProcessorPil(size={"height": size, "width": size})
+    folder = data / "coco_semseg"
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    images = [Image.open(folder / row["image"]).convert("RGB") for row in rows]
+    masks = [Image.fromarray(table[np.array(Image.open(folder / row["mask"]))].astype("uint8")) for row in rows]
+    batch = processor(images, segmentation_maps=masks, return_tensors="pt")
+    pixels, labels = batch["pixel_values"], batch["labels"]
+
+    def batches() -> Batches:
+        for number, chosen in enumerate(shuffled(len(rows), 10, 0)):
+            turn = (lambda x: x.flip(-1)) if number % 2 else (lambda x: x)
+            yield {"pixel_values": turn(pixels[chosen]), "labels": turn(labels[chosen])}
+
+    learn(model, batches, steps, lr=2e-3)
+    model.base_model.save_pretrained(target)
+    processor.save_pretrained(target)
+    return target

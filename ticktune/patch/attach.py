@@ -367,12 +367,17 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 def set_training(model: nn.Module, training: bool, *, base_dropout: bool = True) -> None:
     """Puts the model into training or evaluation mode.
 
+    The running means of batch norms are part of the frozen base: they are used, and stay as they are.
+
     Args:
         model: With or without ticks.
         training: Whether dropout acts.
         base_dropout: With False the base stays in evaluation mode while the ticks train.
     """
     model.train(training and base_dropout)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     record = attachment_of(model, missing_ok=True)
     for tick in record.ticks.values() if record else ():
         tick.train(training)

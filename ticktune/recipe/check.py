@@ -40,6 +40,7 @@ def check(values: dict[str, Any], recipe: Recipe | None, where: Where) -> list[P
     if recipe is None or row is None:
         return problems
     _check_data(recipe, row, wrong)
+    _check_classes(recipe, wrong)
     _check_training(recipe, row, wrong)
     if recipe.base.quantize.startswith("bnb-") and recipe.training.device == "cpu":
         wrong("base.quantize", f"{recipe.base.quantize} needs a CUDA device, found training.device cpu", "use int8")
@@ -82,6 +83,21 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
     if named and not any(named <= columns for columns in row.columns):
         sets = " or ".join("+".join(sorted(columns)) for columns in row.columns)
         wrong("data.columns", f"expected {sets}, found {'+'.join(sorted(named))}")
+
+
+def _check_classes(recipe: Recipe, wrong: Callable[..., None]) -> None:
+    classes = recipe.data.classes
+    if not classes:
+        return
+    if recipe.task != "semantic-segmentation":
+        wrong("data.classes", f"only semantic-segmentation has masks whose values are classes, not {recipe.task}")
+    if not 2 <= len(classes) <= 255:
+        wrong("data.classes", f"expected 2 to 255 classes, found {len(classes)}")
+    owner: dict[int, str] = {}
+    for name, values in classes.items():
+        for value in values:
+            if owner.setdefault(value, name) != name:
+                wrong(f"data.classes.{name}", f"the value {value} is in the class {owner[value]} already")
 
 
 def _same_source(one: Any, other: Any) -> bool:

@@ -199,6 +199,17 @@ class Head(Section):
     regression head; never a language-model head or a tied embedding. true: the whole head. false: nothing."""
 
 
+def _mask_values(value: Any) -> Any:
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+MaskValues = Annotated[
+    list[Annotated[int, Field(ge=0, le=65535)]],
+    BeforeValidator(_mask_values),
+    Field(min_length=1),
+]
+
+
 class Source(Section):
     """Where rows come from: a file, a Hub data set, or a share of the training rows."""
 
@@ -269,6 +280,10 @@ class Data(Section):
     overlap: Annotated[int, Field(ge=0, le=2**20)] = 64
     """Tokens that the windows share which a long row is cut into, where the task cuts it into windows."""
     augment: Augment = Augment()
+    classes: dict[Text, MaskValues] = {}
+    """semantic-segmentation only. Name of a class: the values in the masks that are it, for example
+    `{animal: [16, 17, 18]}`; pixels of other values are not learned. Empty: every value of the training masks is a
+    class, but for 255, which is none."""
 
 
 class Optimizer(Section):
