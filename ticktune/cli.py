@@ -143,11 +143,14 @@ def predict(
         ),
     ] = None,
     base: BaseOption = None,
+    draw: Annotated[
+        Path | None, typer.Option("--draw", metavar="DIR", help="Also draw each prediction, as a picture in DIR.")
+    ] = None,
 ) -> None:
     """Print one prediction a row; JSON lines when piped."""
     from ticktune import run
 
-    run.predict_rows(words or [], context.obj["console"], standard_input=_standard_input, base=base)
+    run.predict_rows(words or [], context.obj["console"], standard_input=_standard_input, base=base, draw=draw)
 
 
 @app.command()

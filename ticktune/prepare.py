@@ -108,10 +108,12 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         max_new_tokens=recipe.evaluation.generate.max_new_tokens,
         num_beams=recipe.evaluation.generate.num_beams,
         overlap=recipe.data.overlap,
+        answer=recipe.evaluation.generate.answer,
         threshold=recipe.evaluation.threshold,
         class_weights=recipe.loss.weights,
         label_smoothing=recipe.loss.label_smoothing,
         augment=recipe.data.augment.model_dump(),
+        classes=recipe.data.classes,
     )
     task = build_task(recipe.task, options, train.as_list(), train.where, processor, load_config(base))
     for name in rows:

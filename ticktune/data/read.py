@@ -171,7 +171,9 @@ def build_rows(
             fix="write all of them in one way",
         ) from error
     files = tuple(column for column in values if column in task.file_columns)
-    digest = digest or hashlib.sha256(repr(values if not files else "").encode()).hexdigest()
+    # Of files their bytes count, not where they lie.
+    plain = {column: items for column, items in values.items() if column not in files}
+    digest = digest or hashlib.sha256(repr(plain).encode()).hexdigest()
     if files:
         digest = digest_of((path for column in files for path in values[column]), digest)
     return Rows(dataset, lines, name, digest, templates, files, by_file)

@@ -40,6 +40,7 @@ def check(values: dict[str, Any], recipe: Recipe | None, where: Where) -> list[P
     if recipe is None or row is None:
         return problems
     _check_data(recipe, row, wrong)
+    _check_classes(recipe, wrong)
     _check_training(recipe, row, wrong)
     if recipe.base.quantize.startswith("bnb-") and recipe.training.device == "cpu":
         wrong("base.quantize", f"{recipe.base.quantize} needs a CUDA device, found training.device cpu", "use int8")
@@ -84,6 +85,21 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
         wrong("data.columns", f"expected {sets}, found {'+'.join(sorted(named))}")
 
 
+def _check_classes(recipe: Recipe, wrong: Callable[..., None]) -> None:
+    classes = recipe.data.classes
+    if not classes:
+        return
+    if recipe.task != "semantic-segmentation":
+        wrong("data.classes", f"only semantic-segmentation has masks whose values are classes, not {recipe.task}")
+    if not 2 <= len(classes) <= 255:
+        wrong("data.classes", f"expected 2 to 255 classes, found {len(classes)}")
+    owner: dict[int, str] = {}
+    for name, values in classes.items():
+        for value in values:
+            if owner.setdefault(value, name) != name:
+                wrong(f"data.classes.{name}", f"the value {value} is in the class {owner[value]} already")
+
+
 def _same_source(one: Any, other: Any) -> bool:
     if other is None or other.fraction is not None:
         return False
@@ -111,6 +127,8 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
             f"{recipe.task} has the metrics {', '.join(row.metrics)}, found {metric}",
             f"did you mean {near[0]}?" if near else "",
         )
+    if recipe.evaluation.generate.answer is not None and recipe.task != "causal-lm":
+        wrong("evaluation.generate.answer", f"only causal-lm looks for answers in what it writes, not {recipe.task}")
     if recipe.problem != "auto" and recipe.task != "text-classification":
         wrong("problem", f"only text-classification has a problem type, not {recipe.task}")
     if recipe.evaluation.patience is not None and recipe.data.validation is None:

@@ -6,6 +6,7 @@ The JSON Schema and the reference page are made from these models.
 import re
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from ticktune.registry import TASKS
@@ -120,6 +121,19 @@ def _head_train(value: Any) -> Any:
 HeadTrain = Annotated[Any, BeforeValidator(_head_train), WithJsonSchema({"enum": ["auto", True, False]})]
 
 
+def _answer_pattern(value: str) -> str:
+    try:
+        groups = regex.compile(value).groups
+    except regex.error as error:
+        raise ValueError(f"this is no regular expression: {error}") from error
+    if groups == 0:
+        raise ValueError("expected a group, in parentheses, for the answer itself")
+    return value
+
+
+Pattern = Annotated[Text, Field(max_length=1000), AfterValidator(_answer_pattern)]
+
+
 class Section(BaseModel):
     """A part of a recipe: frozen, strict, no unknown keys."""
 
@@ -183,6 +197,17 @@ class Head(Section):
     train: HeadTrain = "auto"
     """auto: parameters that the checkpoint lacks or that do not fit, and an existing classification or
     regression head; never a language-model head or a tied embedding. true: the whole head. false: nothing."""
+
+
+def _mask_values(value: Any) -> Any:
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+MaskValues = Annotated[
+    list[Annotated[int, Field(ge=0, le=65535)]],
+    BeforeValidator(_mask_values),
+    Field(min_length=1),
+]
 
 
 class Source(Section):
@@ -255,6 +280,10 @@ class Data(Section):
     overlap: Annotated[int, Field(ge=0, le=2**20)] = 64
     """Tokens that the windows share which a long row is cut into, where the task cuts it into windows."""
     augment: Augment = Augment()
+    classes: dict[Text, MaskValues] = {}
+    """semantic-segmentation only. Name of a class: the values in the masks that are it, for example
+    `{animal: [16, 17, 18]}`; pixels of other values are not learned. Empty: every value of the training masks is a
+    class, but for 255, which is none."""
 
 
 class Optimizer(Section):
@@ -327,6 +356,10 @@ class Generate(Section):
     """Longest continuation, in tokens."""
     num_beams: Count = 1
     """Beams of the search; 1 = greedy."""
+    answer: Pattern | None = None
+    """causal-lm with prompt and response only. A regular expression whose first group is the answer inside a response,
+    such as `####\\s*(-?[0-9.,]+)`; the metric exact_match then counts the rows whose generated answer is that of their
+    response."""
 
 
 class Evaluation(Section):

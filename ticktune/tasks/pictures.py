@@ -13,12 +13,15 @@ from ticktune.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_LARGEST = 65535
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the Exif tag, and its values that exchange width and height
+
 
 def check_pictures(paths: Sequence[str], where: Callable[[int], str]) -> list[tuple[int, int]]:
-    """Refuses files that are no pictures; reads their headers only.
+    """Refuses files that are no pictures, or only the beginning of one.
 
     Returns:
-        Width and height of each, in pixels.
+        Width and height of each in pixels, upright.
 
     Raises:
         DataError: Naming the first such row.
@@ -30,14 +33,23 @@ def check_pictures(paths: Sequence[str], where: Callable[[int], str]) -> list[tu
     for i, path in enumerate(paths):
         try:
             with images.open(path) as image:
-                sizes.append(image.size)
-        except (UnidentifiedImageError, OSError, SyntaxError, images.DecompressionBombError) as error:
-            raise DataError(f"this is no picture: {error}", where=where(i)) from error
+                width, height = image.size
+                turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+                # A JPEG is decoded at an eighth of its size: its end shows all the same, in a third of the time.
+                image.draft("RGB", (width // 8, height // 8))
+                image.load()
+        except UnidentifiedImageError as error:
+            raise DataError(f"this is no picture: {path}", where=where(i)) from error
+        except (OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
+            raise DataError(
+                f"this picture cannot be read: {error}", where=where(i), fix=f"replace {path}, or remove the row"
+            ) from error
+        sizes.append((height, width) if turned else (width, height))
     return sizes
 
 
 def read_picture(path: str) -> "Image":
-    """A picture in RGB, upright as its camera says.
+    """A picture in RGB, upright as its camera says; what is transparent shows the colour under it.
 
     Raises:
         DataError: It cannot be decoded.
@@ -47,7 +59,10 @@ def read_picture(path: str) -> "Image":
 
     try:
         with images.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode == "P" and "transparency" in upright.info:
+                upright = upright.convert("RGBA")  # Pillow warns where this step is left out
+            return upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
         raise DataError(f"this picture cannot be read: {error}", where=path) from error
 
@@ -126,3 +141,72 @@ def pixel_values(processor: Any, images: Sequence["Image"]) -> Tensor:
     if not isinstance(values, torch.Tensor):
         raise DataError("the base's image processor gives no tensor of pixels")
     return values
+
+
+def read_mask(path: str, where: str) -> "np.ndarray[Any, Any]":
+    """The values of a mask, (height, width) uint16: of one channel, or the places in a palette.
+
+    Raises:
+        DataError: It cannot be read, has several channels, or values outside 0 to 65535.
+    """
+    from PIL import Image as images
+    from PIL import UnidentifiedImageError
+
+    try:
+        with images.open(path) as image:
+            mode, values = image.mode, np.asarray(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
+        raise DataError(f"this mask cannot be read: {error}", where=where) from error
+    if values.ndim != 2 or values.dtype.kind == "f":
+        raise DataError(
+            f"expected a mask of one channel of whole numbers, found the mode {mode}",
+            where=where,
+            fix=f"save {path} as a PNG whose pixel values are the classes' numbers",
+        )
+    if values.size and (values.min() < 0 or values.max() > _LARGEST):
+        worst = values.min() if values.min() < 0 else values.max()
+        raise DataError(f"expected values of 0 to {_LARGEST} in the mask, found {worst}", where=where)
+    return values.astype(np.uint16)
+
+
+def class_color(number: int) -> tuple[int, int, int]:
+    """A colour for a class: neighbours in number are far apart in hue."""
+    import colorsys
+
+    # Steps of the golden ratio never meet again; the brightness tells hues apart that come close.
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85, (1.0, 0.75, 0.5)[number % 3])
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def write_on(image: "Image", place: tuple[int, int], text: str, color: tuple[int, int, int]) -> tuple[int, int]:
+    """Writes text in black or white on a box of a colour; returns the place of the box's right lower corner.
+
+    Args:
+        image: Is changed.
+        place: Left and upper edge of the box; it is moved inwards where it would reach beyond the picture.
+        text: Letters that Pillow's own font lacks become question marks.
+        color: Of the box.
+    """
+    from PIL import ImageDraw
+
+    pen = ImageDraw.Draw(image)
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    left, top, right, bottom = pen.textbbox((2, 1), text)
+    width, height = int(right + left), int(bottom + 3)
+    x, y = max(0, min(place[0], image.width - width)), max(0, min(place[1], image.height - height))
+    pen.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+    ink = (0, 0, 0) if sum(color) > 380 else (255, 255, 255)
+    pen.text((x + 2, y + 1), text, fill=ink)
+    return x + width, y + height
+
+
+def legend_below(image: "Image", entries: Sequence[tuple[str, tuple[int, int, int]]]) -> "Image":
+    """A picture with names on boxes of their colours below it, one a line."""
+    from PIL import Image as images
+
+    line = 16
+    whole = images.new("RGB", (image.width, image.height + line * len(entries)), (255, 255, 255))
+    whole.paste(image, (0, 0))
+    for i, (name, color) in enumerate(entries):
+        write_on(whole, (2, image.height + line * i + 1), name, color)
+    return whole

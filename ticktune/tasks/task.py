@@ -29,11 +29,13 @@ class TaskOptions:
         problem: ``auto``, ``single``, ``multi`` or ``regression``.
         max_new_tokens: Longest generated continuation, in tokens.
         num_beams: Beams of generation; 1 = greedy.
+        answer: Pattern whose first group is the answer inside a response; None: responses have none.
         overlap: Tokens that the windows of one long row share.
         threshold: Probability from which on a label of several is predicted.
         class_weights: ``balanced``: each class counts as much as the others in the loss.
         label_smoothing: Share of the target that all classes get.
         augment: Name -> strength of what is random in training; see :class:`ticktune.recipe.schema.Augment`.
+        classes: Name of a class -> values in the masks that are it; empty: every value is a class.
     """
 
     columns: tuple[str, ...]
@@ -42,10 +44,12 @@ class TaskOptions:
     max_new_tokens: int = 128
     num_beams: int = 1
     overlap: int = 64
+    answer: str | None = None
     threshold: float = 0.5
     class_weights: str = "none"
     label_smoothing: float = 0.0
     augment: dict[str, float] = field(default_factory=dict)
+    classes: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -189,6 +193,18 @@ class Task(ABC):
     def describe(self, answer: dict[str, Any]) -> str:
         """An answer for a person, in one line."""
         return str(answer["text"])
+
+    def draw(self, row: Row, answer: dict[str, Any]) -> Any:
+        """An answer as a picture of Pillow's.
+
+        Args:
+            row: The row.
+            answer: What :meth:`predict` gave for it.
+
+        Raises:
+            UsageError: Answers of this task cannot be drawn.
+        """
+        raise UsageError(f"answers of {self.name} cannot be drawn", where="--draw", fix="leave it out")
 
 
 def best_of(logits: Tensor) -> tuple[Tensor, Tensor]:
