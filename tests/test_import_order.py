@@ -24,6 +24,7 @@ ORDER = [
     "ticktune.tasks.classes",
     "ticktune.tasks.text_classification",
     "ticktune.tasks.token_classification",
+    "ticktune.tasks.question_answering",
     "ticktune.tasks.pictures",
     "ticktune.tasks.image_classification",
     "ticktune.tasks.answers",

@@ -59,6 +59,14 @@ TASKS: dict[str, TaskRow] = {
         text_columns=frozenset({"text"}),
         metrics={"f1": True, "precision": True, "recall": True, "token_accuracy": True, "loss": False},
     ),
+    "question-answering": TaskRow(
+        module="ticktune.tasks.question_answering",
+        columns=(frozenset({"question", "context", "answers"}),),
+        label_columns=frozenset({"answers"}),
+        text_columns=frozenset({"question", "context"}),
+        metrics={"f1": True, "exact_match": True, "loss": False},
+        defaults={"data.max_length": 384, "data.overlap": 128},
+    ),
     "image-classification": TaskRow(
         module="ticktune.tasks.image_classification",
         columns=(frozenset({"image", "label"}),),
