@@ -28,6 +28,7 @@ ORDER = [
     "ticktune.tasks.answers",
     "ticktune.tasks.causal_lm",
     "ticktune.tasks.seq2seq_lm",
+    "ticktune.tasks.sentence_embedding",
     "ticktune.diagnosis",
     "ticktune.base",
     "ticktune.patch.ticks",

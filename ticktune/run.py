@@ -339,6 +339,7 @@ def _export_merged(
         keep_exact=own_dtype == stored_dtype(files),
         replace=force,
         trained_on=trained_on,
+        extra_files=used.task.extra_files(files.directory),
         poll=signals.poll,
     )
     _warn_inconclusive(document, console)
