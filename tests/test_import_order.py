@@ -32,6 +32,7 @@ ORDER = [
     "ticktune.tasks.object_detection",
     "ticktune.tasks.causal_lm",
     "ticktune.tasks.seq2seq_lm",
+    "ticktune.tasks.sentence_embedding",
     "ticktune.diagnosis",
     "ticktune.base",
     "ticktune.patch.ticks",

@@ -119,4 +119,11 @@ TASKS: dict[str, TaskRow] = {
             "rouge_l": True,
         },
     ),
+    "sentence-embedding": TaskRow(
+        module="ticktune.tasks.sentence_embedding",
+        columns=(frozenset({"text", "text_pair", "score"}), frozenset({"text", "text_pair"})),
+        label_columns=frozenset({"text_pair", "score"}),
+        text_columns=frozenset({"text", "text_pair"}),
+        metrics={"spearman": True, "pearson": True, "mrr": True, "hit1": True, "loss": False},
+    ),
 }

@@ -362,6 +362,7 @@ def _export_merged(target: Target, wanted: _Wanted, console: Console, signals: S
         keep_exact=own_dtype == stored_dtype(files),
         replace=wanted.force,
         trained_on=trained_on,
+        extra_files=used.task.extra_files(files.directory),
         poll=signals.poll,
     )
     _warn_weak_proof(document, console)

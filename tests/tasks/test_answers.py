@@ -1,6 +1,5 @@
 """Answers inside texts: found, compared, and never searched without end."""
 
-
 import pytest
 
 from ticktune.errors import RecipeError

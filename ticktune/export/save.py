@@ -64,6 +64,7 @@ def write_merged(
     keep_exact: bool = False,
     replace: bool = False,
     trained_on: dict[str, Any] | None = None,
+    extra_files: Mapping[str, str] | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Merges, verifies, and writes a folder that stock transformers opens.
@@ -86,6 +87,7 @@ def write_merged(
             hold in a wider dtype than most, such as the biases of some routers.
         replace: Whether an existing folder is put aside.
         trained_on: Where training held the base as codes: which, and the drift from there, for the records.
+        extra_files: Further files, name -> text; see :meth:`ticktune.tasks.task.Task.extra_files`.
         poll: Called between the stages, so that a signal is noticed.
 
     Returns:
@@ -129,6 +131,9 @@ def write_merged(
             cast = _cast_drift(evidence, merged, cast_logits, dtype)
         if processor is not None:
             processor.save_pretrained(temporary)
+        for name, text in (extra_files or {}).items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(temporary / name, text)
         document = {
             "format": 1,
             "adapter_sha256": adapter_sha256,

@@ -4,6 +4,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -181,6 +182,14 @@ class Task(ABC):
     def update_by_generation(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
         """Adds a batch to the metrics of generated text, which need more than one forward pass."""
         return
+
+    def extra_files(self, base_directory: Path) -> dict[str, str]:
+        """Further files that a merged folder needs to be of use: name, with / between folders -> text.
+
+        Args:
+            base_directory: The base's folder, which may hold such files already.
+        """
+        return {}
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
