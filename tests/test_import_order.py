@@ -25,6 +25,8 @@ ORDER = [
     "ticktune.tasks.text_classification",
     "ticktune.tasks.pictures",
     "ticktune.tasks.image_classification",
+    "ticktune.tasks.sounds",
+    "ticktune.tasks.audio_classification",
     "ticktune.tasks.causal_lm",
     "ticktune.diagnosis",
     "ticktune.base",

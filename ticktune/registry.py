@@ -59,6 +59,14 @@ TASKS: dict[str, TaskRow] = {
         processor="image",
         metrics={"accuracy": True, "f1": True, "mcc": True, "auroc": True, "top5": True, "loss": False},
     ),
+    "audio-classification": TaskRow(
+        module="ticktune.tasks.audio_classification",
+        columns=(frozenset({"audio", "label"}),),
+        label_columns=frozenset({"label"}),
+        file_columns=frozenset({"audio"}),
+        processor="audio",
+        metrics={"accuracy": True, "f1": True, "mcc": True, "auroc": True, "loss": False},
+    ),
     "causal-lm": TaskRow(
         module="ticktune.tasks.causal_lm",
         columns=(frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})),

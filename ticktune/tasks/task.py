@@ -34,6 +34,7 @@ class TaskOptions:
         class_weights: ``balanced``: each class counts as much as the others in the loss.
         label_smoothing: Share of the target that all classes get.
         augment: Name -> strength of what is random in training; see :class:`ticktune.recipe.schema.Augment`.
+        max_seconds: Longest sound.
     """
 
     columns: tuple[str, ...]
@@ -46,6 +47,7 @@ class TaskOptions:
     class_weights: str = "none"
     label_smoothing: float = 0.0
     augment: dict[str, float] = field(default_factory=dict)
+    max_seconds: float = 30.0
 
 
 @dataclass
@@ -53,7 +55,7 @@ class EncodingReport:
     """What happened to the rows on their way to examples.
 
     Args:
-        truncated: Places of rows that were cut to max_length.
+        truncated: Places of rows that were cut; :meth:`Task.limit` says to what.
         unsupervised: Places of rows without anything to learn from; they give no example.
         cut_ends: How many of the truncated rows lost the end that must be learned.
     """
@@ -96,6 +98,10 @@ class Task(ABC):
         """
         columns = ", ".join(self.options.columns)
         raise UsageError(f"a row of {self.name} is no line of text", fix=f"give a file with the columns {columns}")
+
+    def limit(self) -> str:
+        """What longer examples are cut to: the recipe's key, its value, and the unit."""
+        return f"data.max_length = {self.options.max_length} tokens"
 
     @abstractmethod
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
