@@ -27,6 +27,7 @@ ORDER = [
     "ticktune.tasks.image_classification",
     "ticktune.tasks.sounds",
     "ticktune.tasks.audio_classification",
+    "ticktune.tasks.speech_recognition",
     "ticktune.tasks.causal_lm",
     "ticktune.diagnosis",
     "ticktune.base",

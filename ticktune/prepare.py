@@ -113,6 +113,8 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         label_smoothing=recipe.loss.label_smoothing,
         augment=recipe.data.augment.model_dump(),
         max_seconds=recipe.data.max_seconds,
+        vocabulary=recipe.data.vocabulary,
+        language=recipe.data.language,
     )
     task = build_task(recipe.task, options, train.as_list(), train.where, processor, load_config(base))
     for name in rows:
@@ -421,4 +423,7 @@ def _say_report(examples: Encoded, name: str, limit: str, console: Console) -> N
         )
     if report.unsupervised:
         places = ", ".join(examples.source.where(i) for i in report.unsupervised[:3])
-        console.warn(f"{name}: {len(report.unsupervised)} rows have nothing to learn from and were left out: {places}")
+        because = f" ({report.why})" if report.why else ""
+        console.warn(
+            f"{name}: {len(report.unsupervised)} rows have nothing to learn from{because} and were left out: {places}"
+        )

@@ -328,7 +328,7 @@ def _export_merged(
     document = write_merged(
         place,
         stock,
-        processor,
+        used.task.saved_processor(processor),
         read_tensors(target.path),
         facts,
         evidence,

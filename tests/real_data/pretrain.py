@@ -156,3 +156,39 @@ def sound_model(data: Path, target: Path, config: Any, *, steps: int = 300) -> P
     model.base_model.save_pretrained(target)
     extractor.save_pretrained(target)
     return target
+
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def transcript_model(data: Path, target: Path, config: Any, *, steps: int = 300) -> Path:
+    """Trains a model to write the spoken digits 0 to 4 as words (CTC), and saves its body and feature extractor.
+
+    Args:
+        data: Folder of the data sets.
+        target: Where the model is saved.
+        config: Of a small model for sound at 8 kHz.
+        steps: Of training.
+    """
+    from transformers import AutoModelForCTC, Wav2Vec2FeatureExtractor
+
+    torch.manual_seed(0)
+    letters = ["<pad>", *sorted({letter for word in WORDS[:5] for letter in word})]
+    config.vocab_size, config.pad_token_id, config.ctc_loss_reduction = len(letters), 0, "mean"
+    config.ctc_zero_infinity = True
+    model = AutoModelForCTC.from_config(config)
+    hear_pitches(model)
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=True)
+    sounds, labels = spoken(data, "train", "01234")
+    written = [torch.tensor([letters.index(letter) for letter in WORDS[label]]) for label in labels]
+
+    def batches() -> Batches:
+        for rows in shuffled(len(labels), 16, int(torch.randint(2**31, ()))):
+            inputs = extractor([sounds[i] for i in rows], sampling_rate=8000, padding=True, return_tensors="pt")
+            texts = nn.utils.rnn.pad_sequence([written[i] for i in rows], batch_first=True, padding_value=-100)
+            yield {**inputs, "labels": texts}
+
+    learn(model, batches, steps, 3e-3)
+    model.base_model.save_pretrained(target)
+    extractor.save_pretrained(target)
+    return target

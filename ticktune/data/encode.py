@@ -106,11 +106,12 @@ def _check_report(report: EncodingReport, rows: Rows, examples: int, limit: str)
     if examples and count <= _MAX_UNSUPERVISED * len(rows):
         return
     places = ", ".join(rows.where(i) for i in report.unsupervised[:3])
+    reason = f"({report.why})" if report.why else f"after cutting to {limit}"
     raise DataError(
-        f"{count} of {len(rows)} rows ({100 * count / len(rows):.0f} %) have nothing to learn from after "
-        f"cutting to {limit}{': ' + places if places else ''}",
+        f"{count} of {len(rows)} rows ({100 * count / len(rows):.0f} %) have nothing to learn from {reason}"
+        f"{': ' + places if places else ''}",
         where=rows.source,
-        fix=f"raise {limit.partition(' =')[0]}, or remove these rows",
+        fix="remove these rows" if report.why else f"raise {limit.partition(' =')[0]}, or remove these rows",
     )
 
 
