@@ -146,7 +146,8 @@ class QuestionAnswering(Task):
         logs = logits.float().masked_fill(~real, -torch.inf).log_softmax(1)
         right = logs.gather(1, batch["target"][:, None, :]).squeeze(1)
         even = logs.masked_fill(~real, 0.0).sum(1) / real.sum(1)
-        return -((1 - smoothing) * right + smoothing * even).mean(-1).sum()
+        loss: Tensor = -((1 - smoothing) * right + smoothing * even).mean(-1).sum()
+        return loss
 
     def counted(self, batch: Batch) -> Tensor | None:
         """The positions that are no padding, (batch, seq)."""
