@@ -30,6 +30,7 @@ ORDER = [
     "ticktune.tasks.answers",
     "ticktune.tasks.semantic_segmentation",
     "ticktune.tasks.object_detection",
+    "ticktune.tasks.masked_lm",
     "ticktune.tasks.causal_lm",
     "ticktune.tasks.seq2seq_lm",
     "ticktune.diagnosis",
