@@ -33,6 +33,7 @@ ORDER = [
     "ticktune.tasks.sounds",
     "ticktune.tasks.audio_classification",
     "ticktune.tasks.speech_recognition",
+    "ticktune.tasks.masked_lm",
     "ticktune.tasks.causal_lm",
     "ticktune.tasks.seq2seq_lm",
     "ticktune.tasks.sentence_embedding",

@@ -109,6 +109,14 @@ TASKS: dict[str, TaskRow] = {
         processor="speech",
         metrics={"wer": False, "cer": False, "loss": False},
     ),
+    "masked-lm": TaskRow(
+        module="ticktune.tasks.masked_lm",
+        columns=(frozenset({"text"}),),
+        text_columns=frozenset({"text"}),
+        documents=True,
+        metrics={"perplexity": False, "token_accuracy": True, "loss": False},
+        defaults={"data.max_length": 256, "optimizer.lr": 1e-4, "schedule.name": "cosine"},
+    ),
     "causal-lm": TaskRow(
         module="ticktune.tasks.causal_lm",
         columns=(frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})),

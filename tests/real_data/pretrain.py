@@ -302,3 +302,47 @@ def transcript_model(data: Path, target: Path, config: Any, *, steps: int = 300)
     model.base_model.save_pretrained(target)
     extractor.save_pretrained(target)
     return target
+
+
+def masked_model(data: Path, target: Path, *, steps: int = 300) -> Path:
+    """Trains a small BERT and its WordPiece tokenizer on the first half of Shakespeare, and saves both.
+
+    It learns which words are frequent and a little of what stands beside them: real, at the scale of half a megabyte.
+
+    Args:
+        data: Folder of the data sets.
+        target: Where the model is saved, its head for masked words included.
+        steps: Of training.
+    """
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+    torch.manual_seed(0)
+    text = (data / "tinyshakespeare/train.txt").read_text(encoding="utf-8")
+    text = text[: len(text) // 2]
+    inner = BertWordPieceTokenizer(lowercase=True)
+    inner.train_from_iterator(text.split("\n"), vocab_size=1500, show_progress=False)
+    target.mkdir(parents=True, exist_ok=True)
+    inner.save(str(target / "tokenizer.json"))
+    tokenizer = BertTokenizerFast(tokenizer_file=str(target / "tokenizer.json"))
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    windows = ids[: len(ids) // 62 * 62].view(-1, 62)
+    ends = [torch.full((len(windows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    windows = torch.cat([ends[0], windows, ends[1]], dim=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def batches() -> Batches:
+        for rows in shuffled(len(windows), 32, int(torch.randint(1 << 30, (), generator=generator))):
+            chosen = windows[rows]
+            hidden = torch.rand(chosen.shape, generator=generator) < 0.15
+            hidden[:, [0, -1]] = False
+            masked = torch.where(hidden, tokenizer.mask_token_id, chosen)
+            yield {"input_ids": masked, "labels": torch.where(hidden, chosen, -100)}
+
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    learn(BertForMaskedLM(config), batches, steps, lr=2e-3).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
