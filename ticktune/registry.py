@@ -49,6 +49,8 @@ TASKS: dict[str, TaskRow] = {
             "pearson": True,
             "spearman": True,
             "mse": False,
+            "ece": False,
+            "log_loss": False,
             "loss": False,
         },
     ),
