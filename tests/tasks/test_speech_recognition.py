@@ -162,6 +162,7 @@ def test_the_processor_of_speech_has_a_tokenizer_where_the_base_has_one(tmp_path
     [
         ({"label_smoothing": 0.1}, "loss.label_smoothing is not defined for CTC, found 0.1"),
         ({"class_weights": "balanced"}, "speech has no classes to weigh"),
+        ({"language": "english"}, "data.language is for Whisper alone, found english"),
     ],
 )
 def test_options_that_mean_nothing_for_ctc_are_refused(options: dict[str, Any], message: str) -> None:
@@ -412,8 +413,8 @@ def test_a_generator_learns_to_name_tones_and_merges(ticktune: Run, tmp_path: Pa
     (tmp_path / "recipe.yaml").write_text(
         "task: speech-recognition\nbase: {model: base, dropout: off}\noutput: run\n"
         "data: {train: train.jsonl, validation: test.jsonl, max_length: 8}\n"
-        "optimizer: {lr: 1e-2, norm_lr: 1e-2}\ntraining: {steps: 40, batch_size: 8, precision: fp32}\n"
-        "evaluation: {every: 40, save: last, generate: {max_new_tokens: 5}}\n"
+        "optimizer: {lr: 3e-2, p_lr_ratio: 1, norm_lr: 5e-2}\ntraining: {steps: 120, batch_size: 8, precision: fp32}\n"
+        "evaluation: {every: 120, save: last, generate: {max_new_tokens: 5}}\n"
     )
     done = ticktune("train", "recipe.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

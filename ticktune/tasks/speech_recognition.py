@@ -431,6 +431,8 @@ def build(
         raise DataError(
             f"loss.label_smoothing is not defined for CTC, found {options.label_smoothing:g}", fix="set it to 0"
         )
+    if options.language is not None:
+        raise DataError(f"data.language is for Whisper alone, found {options.language}", fix="remove it")
     vocabulary: list[str] = []
     if tokenizer is None or options.vocabulary == "rows":
         characters = {c for row in rows for c in _plain(row["text"])} - {" ", _SPACE}
