@@ -104,8 +104,7 @@ def accepted(folder: Path, text: str) -> Recipe:
         (
             HEAD + "data: {train: a}\nevaluation: {metric: acuracy}\n",
             Problem(
-                "text-classification has the metrics accuracy, f1, mcc, auroc, pearson, spearman, mse, loss, "
-                "found acuracy",
+                f"text-classification has the metrics {', '.join(TASKS['text-classification'].metrics)}, found acuracy",
                 "r.yaml:4:14 evaluation.metric",
                 "did you mean accuracy?",
             ),
