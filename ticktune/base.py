@@ -13,21 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ticktune.device import DTYPES
 from ticktune.diagnosis import class_of, config_problem, model_problem
-from ticktune.errors import BaseModelError, Problem
+from ticktune.errors import BaseModelError, Problem, first_line
 from ticktune.files import input_path, sha256_json
 from ticktune.quantize import check_package, is_coded, plain_parts
 from ticktune.versions import require
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 # Config entries that name this run's file layout or the writer's version, not the function.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version")
 
@@ -169,9 +164,15 @@ def load_tokenizer(base: BaseFiles) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
+    except ImportError as error:
+        raise BaseModelError(
+            f"its tokenizer needs a package that is missing: {first_line(error)}",
+            where=f"base.model {base.name}",
+            fix="pip install sentencepiece sacremoses, or the package that is named there",
+        ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BaseModelError(
-            f"its tokenizer cannot be used: {_first_line(error)}", where=f"base.model {base.name}"
+            f"its tokenizer cannot be used: {first_line(error)}", where=f"base.model {base.name}"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -201,7 +202,7 @@ def load_processor(base: BaseFiles, kind: Literal["tokenizer", "image", "audio"]
     except Exception as error:  # whatever a damaged config meets in transformers' own checks
         name = "image processor" if kind == "image" else "feature extractor"
         raise BaseModelError(
-            f"its {name} cannot be used: {_first_line(error)}",
+            f"its {name} cannot be used: {first_line(error)}",
             where=f"base.model {base.name}",
             fix="the folder needs the model's preprocessor_config.json",
         ) from error
@@ -285,7 +286,7 @@ def load_model(
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
             base.directory,
-            dtype=_DTYPES.get(dtype, "auto"),
+            dtype=DTYPES.get(dtype, "auto"),
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
@@ -298,7 +299,7 @@ def load_model(
         # head; what it says then names neither.
         fix = "such files open only under the class that saved them" if method == "torchao" else ""
         raise BaseModelError(
-            f"it cannot be loaded: {_first_line(error)}", where=f"base.model {base.name}", fix=fix
+            f"it cannot be loaded: {first_line(error)}", where=f"base.model {base.name}", fix=fix
         ) from error
     layer_tensors = [k for k in info["unexpected_keys"] if any(part.isdigit() for part in k.split("."))]
     if layer_tensors:
@@ -311,6 +312,8 @@ def load_model(
         for part in plain_parts(parameter):
             if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
                 raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
+    if dtype == "float64" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped kernels take no float64
     mismatched = [entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]]
     if method is not None:
         mismatched += _fit_head(model)
@@ -334,14 +337,25 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, base: BaseFiles) -> None:
         )
 
 
-def stored_dtype(base: BaseFiles) -> str:
-    """Returns the dtype that most of the checkpoint's values are stored in, as torch names it."""
+def merging_dtype(base: BaseFiles) -> str:
+    """Returns the dtype in which merging rounds nothing: float64 where a tensor of the files is, else float32."""
+    return "float64" if "F64" in _stored_sizes(base) else "float32"
+
+
+def _stored_sizes(base: BaseFiles) -> dict[str, int]:
+    """Bytes of each dtype in a base's files, by the names of safetensors."""
     sizes: dict[str, int] = {}
     for file in weight_files(base):
         for name, entry in read_header(file).items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    return sizes
+
+
+def stored_dtype(base: BaseFiles) -> str:
+    """Returns the dtype that most of the checkpoint's values are stored in, as torch names it."""
+    sizes = _stored_sizes(base)
     # Codes of quantised weights are integers and say nothing of what they stand for.
     floating = [name for name in sizes if name in _SAFETENSORS_DTYPES]
     return _SAFETENSORS_DTYPES[max(floating, key=lambda name: sizes[name], default="F32")]
@@ -484,7 +498,7 @@ def read_header(file: Path) -> dict[str, Any]:
         if 8 + length + end != file.stat().st_size:
             raise ValueError("the file is not as long as its header says")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BaseModelError(f"the weights are damaged: {_first_line(error)}", where=str(file)) from error
+        raise BaseModelError(f"the weights are damaged: {first_line(error)}", where=str(file)) from error
     return header
 
 
@@ -538,7 +552,7 @@ def _download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:
             ignore_patterns=["*/*", "consolidated*"],
         )
     except (HfHubHTTPError, HFValidationError) as error:
-        raise BaseModelError(f"the Hub does not have it: {_first_line(error)}", where=where) from error
+        raise BaseModelError(f"the Hub does not have it: {first_line(error)}", where=where) from error
     except (LocalEntryNotFoundError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise BaseModelError(
@@ -598,14 +612,10 @@ def _read_config(base: BaseFiles) -> dict[str, Any]:
     except RecursionError as error:
         raise BaseModelError("the config is damaged: it is nested too deep", where=where, fix=fix) from error
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"the config cannot be read: {_first_line(error)}", where=where, fix=fix) from error
+        raise BaseModelError(f"the config cannot be read: {first_line(error)}", where=where, fix=fix) from error
     if not isinstance(entries, dict):
         found = "a list" if isinstance(entries, list) else json.dumps(entries)[:40]
         raise BaseModelError(
             f"the config is not a JSON object: found {found}, expected names and values in braces", where=where, fix=fix
         )
     return entries
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

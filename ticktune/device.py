@@ -11,6 +11,14 @@ from ticktune.errors import RecipeError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+"""What weights may be held in, as recipes and configs name it."""
+
 _AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -18,6 +18,11 @@ class Problem:
     fix: str = ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says in short; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class TicktuneError(Exception):
     """Base of all errors that are not bugs: one or several problems and an exit code."""
 

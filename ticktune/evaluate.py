@@ -55,7 +55,11 @@ def compute_metrics(metrics: Any) -> dict[str, float]:
     """Computes a task's metrics; seven digits are kept, which is what float32 holds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics warns where a class is absent
-        return {name: float(f"{float(metric.compute()):.7g}") for name, metric in metrics.items()}
+        values = {
+            name: metric.compute() if getattr(metric, "update_called", True) else math.nan
+            for name, metric in metrics.items()
+        }
+    return {name: float(f"{float(value):.7g}") for name, value in values.items()}
 
 
 def predict(

@@ -108,6 +108,7 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         max_new_tokens=recipe.evaluation.generate.max_new_tokens,
         num_beams=recipe.evaluation.generate.num_beams,
         overlap=recipe.data.overlap,
+        answer=recipe.evaluation.generate.answer,
         threshold=recipe.evaluation.threshold,
         class_weights=recipe.loss.weights,
         label_smoothing=recipe.loss.label_smoothing,

@@ -15,7 +15,7 @@ from ticktune.errors import BaseModelError, DataError, RecipeError, UsageError
 from ticktune.evaluate import compute_metrics, logits_of
 from ticktune.export.save import Evidence, drift_of
 from ticktune.folder import Target
-from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, load_adapter_state
+from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, load_adapter_state, watched_ticks
 from ticktune.prepare import Loaded, encode, facts_of, load_target, read_file, read_splits
 from ticktune.registry import TASKS
 from ticktune.tasks.task import Batch
@@ -111,7 +111,7 @@ def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
 
     Args:
         rows: Rows with answers.
-        used: Base and adapter, float32.
+        used: Base and adapter, float32 or wider.
         compute: Where to compute.
     """
     task = used.task
@@ -119,14 +119,17 @@ def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
     batches: list[Batch] = []
     ours: list[Tensor] = []
     values = 0
+    ran: dict[str, bool] = {}
     for numbers in micro_batches(range(min(len(examples), _VERIFY_ROWS)), _VERIFY_BATCH):
         batch = task.collate(examples.take(numbers))
-        [logits] = logits_of(used.model, task, [batch], compute)
+        with watched_ticks(used.model) as now:
+            [logits] = logits_of(used.model, task, [batch], compute)
         values += logits.numel()
         if values > _VERIFY_VALUES and batches:
             break
         batches.append(batch)
         ours.append(logits)
+        ran = {key: ran.get(key, False) or has_run for key, has_run in now.items()}
     with _without_ticks(used.model):
         base = logits_of(used.model, task, batches, compute)
 
@@ -134,15 +137,18 @@ def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
         found = task.metrics()
         for batch, values in zip(batches, logits, strict=True):
             task.update(found, values.float(), batch)
-        return compute_metrics(found)
+        # Those of generated text are not made of logits, and stay undefined.
+        return {name: value for name, value in compute_metrics(found).items() if value == value}
 
     return Evidence(
         batches=[task.inputs(batch) for batch in batches],
         masks=[task.counted(batch) for batch in batches],
         ours=ours,
         base=base,
+        logits=task.logits,
         decide=task.decide,
         metrics=metrics,
+        ran=ran,
     )
 
 
@@ -168,7 +174,8 @@ def drift_from_training(target: Target, base: str | None, evidence: Evidence) ->
     except (BaseModelError, RecipeError) as error:
         return found | {"not_measured": error.problems[0].message}
     with torch.no_grad():
-        before = [used.model(**used.compute.put(batch)).logits.float().cpu() for batch in evidence.batches]
+        outputs = (used.model(**used.compute.put(batch)) for batch in evidence.batches)
+        before = [evidence.logits(found).float().cpu() for found in outputs]
     return found | {"drift": drift_of(evidence, before, evidence.ours)}
 
 

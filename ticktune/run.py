@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ from torch import nn
 
 from ticktune.adapter import TENSORS as ADAPTER_TENSORS
 from ticktune.adapter import read_facts, read_tensors
-from ticktune.base import BaseFiles, load_model, load_processor, quiet_transformers, stored_dtype, stored_quantization
+from ticktune.base import (
+    BaseFiles,
+    load_model,
+    load_processor,
+    merging_dtype,
+    quiet_transformers,
+    stored_dtype,
+    stored_quantization,
+)
 from ticktune.console import Console, duration, figure, table_of
 from ticktune.data.read import Rows
 from ticktune.device import Compute
@@ -261,7 +270,8 @@ def export(
     with watched_signals() as signals:
         try:
             if merge:
-                _export_merged(target, console, output, (dtype, pad_to, express), force, base, data, signals)
+                wanted = _Wanted(output, dtype, pad_to, express, force, base, data)
+                _export_merged(target, wanted, console, signals)
             else:
                 _export_adapter(target, console, output, force, base)
         except StopAsked as stop:
@@ -290,48 +300,52 @@ def _export_adapter(target: Target, console: Console, output: Path | None, force
     )
 
 
-def _export_merged(
-    target: Target,
-    console: Console,
-    output: Path | None,
-    wanted: tuple[str, str, str],
-    force: bool,
-    base: str | None,
-    data: Path | None,
-    signals: Signals,
-) -> None:
-    place = output or (target.run.merged if target.run else target.path.parent / "merged")
+@dataclass(frozen=True)
+class _Wanted:
+    """How a merged folder is asked for; the fields are those of :func:`export`."""
+
+    output: Path | None
+    dtype: str
+    pad_to: str
+    express: str
+    force: bool
+    base: str | None
+    data: Path | None
+
+
+def _export_merged(target: Target, wanted: _Wanted, console: Console, signals: Signals) -> None:
+    place = wanted.output or (target.run.merged if target.run else target.path.parent / "merged")
     facts = read_facts(target.path)
-    files = base_of(facts, target.recipe(), base)
+    files = base_of(facts, target.recipe(), wanted.base)
     _refuse_source(place, target.path)
     _refuse_source(place, files.directory)
-    dtype, pad_to, express = wanted
-    own_dtype = stored_dtype(files) if dtype == "base" else dtype
+    own_dtype = stored_dtype(files) if wanted.dtype == "base" else wanted.dtype
     identity = sha256_file(target.path / ADAPTER_TENSORS)
-    if place.exists() and not force:
-        found = existing_export(place, identity, own_dtype, pad_to, express)
+    if place.exists() and not wanted.force:
+        found = existing_export(place, identity, own_dtype, wanted.pad_to, wanted.express)
         if found is None:
             raise OutputError(
                 "it exists already", where=str(place), fix="add --force to replace it, or choose another -o"
             )
         console.note(f"{place}: already a verified export of this adapter")
-        _warn_inconclusive(found, console)
+        _warn_weak_proof(found, console)
         _say_export(place, found, console)
         return
     _refuse_quantized(files)
-    rows, split = evaluation_rows(target, data=data, else_train=True)
+    rows, split = evaluation_rows(target, data=wanted.data, else_train=True)
     if split == "train":
         console.note("there are no test or validation rows: the merged folder is compared on training rows")
     check_writable(place.absolute().parent)
     fp32 = Compute(torch.device("cpu"), "fp32")
-    used = load_target(target, base=base, compute=fp32, dtype="float32", full_precision=True)
+    work = merging_dtype(files)
+    used = load_target(target, base=wanted.base, compute=fp32, dtype=work, full_precision=True)
     _warn_stand_in(used, console)
     signals.poll()
     evidence = evidence_of(rows, used, fp32)
     signals.poll()
-    trained_on = drift_from_training(target, base, evidence)
+    trained_on = drift_from_training(target, wanted.base, evidence)
     signals.poll()
-    stock, _ = load_model(files, str(facts.model_class), dtype="float32", config=used.task.config())
+    stock, _ = load_model(files, str(facts.model_class), dtype=work, config=used.task.config())
     assert facts.task is not None
     processor = load_processor(files, TASKS[facts.task["name"]].processor)
     document = write_merged(
@@ -343,14 +357,15 @@ def _export_merged(
         evidence,
         dtype=own_dtype,
         adapter_sha256=identity,
-        pad_to=pad_to,
-        express=express,
+        pad_to=wanted.pad_to,
+        express=wanted.express,
         keep_exact=own_dtype == stored_dtype(files),
-        replace=force,
+        replace=wanted.force,
         trained_on=trained_on,
+        extra_files=used.task.extra_files(files.directory),
         poll=signals.poll,
     )
-    _warn_inconclusive(document, console)
+    _warn_weak_proof(document, console)
     _say_export(place, document, console)
 
 
@@ -478,12 +493,14 @@ def _say_result(run: RunFolder, console: Console) -> None:
     )
 
 
-def _warn_inconclusive(document: dict[str, Any], console: Console) -> None:
+def _warn_weak_proof(document: dict[str, Any], console: Console) -> None:
     if not document["verification"]["is_conclusive"]:
         console.warn(
             "the ticks and norms change the logits too little for the comparison to prove anything: "
             f"{document['verification']['effect']:.2e}"
         )
+    if idle := verification_of(document).idle_text():
+        console.warn(idle)
 
 
 def _say_export(place: Path, document: dict[str, Any], console: Console) -> None:

@@ -235,3 +235,40 @@ def test_inspect_shows_tables_to_a_person(
         "trained with dim 4",
     ):
         assert text in shown
+
+
+@pytest.mark.parametrize("family", ["stablelm", "mixtral"])
+def test_a_base_in_float64_is_merged_without_rounding(
+    work: Path, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    base = _save(work, family)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    embeddings = model.get_input_embeddings().weight
+    embeddings.data += 1e-12
+    model.save_pretrained(base)
+    assert entry(["train", str(_recipe(work, base))]) == 0
+    document = _answer(capsys, "export", "--merge")
+    assert (document["dtype"], document["cast"]) == ("float64", {})
+    assert document["verification"]["max_difference"] <= document["verification"]["tolerance"]
+    weights = load_file(work / "runs/tiny/merged/model.safetensors")
+    assert torch.equal(weights["model.embed_tokens.weight"], embeddings)
+    _same_score(capsys)
+
+
+def test_experts_without_tokens_are_named(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry(["train", str(_recipe(work, _save(work, "mixtral")))]) == 0
+    found = _answer(capsys, "export", "--merge")["verification"]
+    assert (found["ticks"], found["ticks_run"], found["idle_ticks"]) == (8, 8, [])
+    (work / "few.txt").write_text("w1")
+    capsys.readouterr()
+    assert entry(["export", "--merge", "--force", "--data", "few.txt"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)["verification"]
+    assert 4 <= found["ticks_run"] < found["ticks"] == 8
+    assert f"only their weights were compared: {', '.join(found['idle_ticks'][:3])}" in said.err
+    assert entry(["export", "--merge", "--data", "few.txt"]) == 0  # found again, and said again
+    assert "only their weights were compared" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What is special about some architectures: biases to be added, shared blocks, experts, other names, ratios."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import tests.models as models
 from ticktune.errors import ExportError, PatchError
 from ticktune.export.express import as_llama
 from ticktune.export.save import express_as_llama
+from ticktune.export.stock_forward import tensors_of
 from ticktune.export.widen import Widening, merge_obstacle, widen
 from ticktune.patch.attach import (
     Plan,
@@ -154,6 +156,53 @@ def test_as_llama_is_checked_by_numbers(monkeypatch: pytest.MonkeyPatch) -> None
     kept = express._renamed
     monkeypatch.setattr(express, "_renamed", lambda k, v, c: [(n, t * (1 + 1e-3)) for n, t in kept(k, v, c)])
     with pytest.raises(ExportError, match="written as a Llama the base differs by"):
+        express_as_llama(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("mistral", "QuestionAnswering"),
+        ("qwen2", "QuestionAnswering"),
+        ("qwen2", "SequenceClassification"),
+        ("mistral", "SequenceClassification"),
+        ("mistral", "TokenClassification"),
+        ("qwen2", "Model"),
+    ],
+)
+def test_every_head_that_llama_has_is_checked_and_written(family: str, head: str) -> None:
+    import transformers as t
+
+    config = models.table()[family].config.to_dict() | {"pad_token_id": None}
+    config.pop("model_type")
+    name = {"mistral": "Mistral", "qwen2": "Qwen2"}[family] + (head if head == "Model" else f"For{head}")
+    torch.manual_seed(0)
+    model = getattr(t, name)(type(models.table()[family].config)(**config)).eval()
+    llama = express_as_llama(model)
+    assert type(llama).__name__.startswith("Llama")
+    ids = torch.randint(4, 60, (1, 9))
+    with torch.no_grad():
+        before, after = tensors_of(model(input_ids=ids)), tensors_of(llama(input_ids=ids))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_end_logits_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers as t
+
+    from ticktune.export import save
+
+    torch.manual_seed(0)
+    model = t.Qwen2ForQuestionAnswering(models.table()["qwen2"].config).eval()
+    kept = save.as_llama
+
+    def off(model: nn.Module) -> nn.Module:
+        llama = kept(model)
+        llama.get_parameter("qa_outputs.bias").data[1] += 1e-3
+        return llama
+
+    monkeypatch.setattr(save, "as_llama", off)
+    with pytest.raises(ExportError, match="output end_logits: written as a Llama"):
         express_as_llama(model)
 
 
@@ -322,6 +371,46 @@ def test_ticks_of_gated_experts_are_gated() -> None:
 def test_experts_are_always_a_multiple_of_eight_wide() -> None:
     _, [found] = _merged("mixtral", pad_to="none", layers=[0])
     assert (found.before, found.after, found.padding) == ([80], [88], 8)  # the layer without a tick has zeros only
+
+
+# Every tick stands in its wider block
+
+
+@pytest.mark.parametrize(
+    ("family", "letters"),
+    [
+        ("bert", "QrP"),
+        ("gpt2", "QrP"),
+        ("t5", "QP"),
+        ("llama-mlp-bias", "QUP"),
+        ("phi3", "QUP"),
+        ("modernbert", "QUP"),
+        ("mixtral", "QUP"),
+        ("segformer", "QrP"),
+    ],
+)
+def test_a_unit_that_is_lost_is_refused_whatever_runs(
+    family: str, letters: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ticktune.export import widen as module
+
+    model = attach(models.families()[family](), DIM, head=False)
+    models.perturb(p for _, _, p in adapter_parameters(model))
+    plan, tensors = attachment_of(model).plan, {key: t.clone() for key, t in adapter_state(model).items()}
+    stock = detach(model)
+    lost = [key for key in tensors if key.endswith(".P")][-1].removesuffix(".P")
+    kept = module._units
+    for letter in letters:
+
+        def without(key: str, *args: Any, letter: str = letter) -> Any:
+            parts = kept(key, *args)
+            if key == lost:
+                parts["QUPr".index(letter)].zero_()
+            return parts
+
+        monkeypatch.setattr(module, "_units", without)
+        with pytest.raises(ExportError, match=f"the tensor {lost}.{letter} does not stand in the wider block"):
+            widen(copy.deepcopy(stock), plan, tensors)
 
 
 # Widths

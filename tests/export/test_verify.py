@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ticktune.adapter import describe_adapter
 from ticktune.errors import ExportError, OutputError
 from ticktune.export import verify
 from ticktune.export.save import Evidence, existing_export, verification_of, write_merged
+from ticktune.export.stock_forward import main_tensor
 from ticktune.export.verify import check_loading, compare, stock_logits
 from ticktune.export.widen import widen
 from ticktune.patch.attach import adapter_parameters, adapter_state, attach, attachment_of, detach
@@ -313,7 +314,7 @@ def _parts(scale: float = 0.3) -> Parts:
         {"name": "tiny", "commit": None, "fingerprint": "0" * 64},
         model_class="AutoModelForSequenceClassification",
     )
-    evidence = Evidence([batch], [None], ours, base, _decide, lambda logits: {})
+    evidence = Evidence([batch], [None], ours, base, main_tensor, _decide, lambda logits: {})
     return Parts(stock, {k: v.clone() for k, v in adapter_state(model).items()}, facts, evidence)
 
 
@@ -348,6 +349,32 @@ def test_written_folder_is_verified_and_known_again(tmp_path: Path) -> None:
     assert existing_export(tmp_path, "a" * 64, "float32") is None
     with pytest.raises(OutputError, match="exists already"):
         _write(tmp_path / "merged", _parts())
+
+
+def test_ticks_that_ran_are_recorded_and_older_records_load(tmp_path: Path) -> None:
+    parts = _parts()
+    parts.evidence = replace(parts.evidence, ran={"encoder.0.ffn": True, "encoder.1.ffn": False})
+    document = _write(tmp_path / "merged", parts)
+    found = verification_of(document)
+    assert (found.ticks, found.ticks_run, found.idle_ticks) == (2, 1, ["encoder.1.ffn"])
+    assert "ticks exercised | 1/2" in (tmp_path / "merged" / "README.md").read_text()
+    assert "1 of 2 ticks got no input" in found.idle_text()
+    for name in ("ticks", "ticks_run", "idle_ticks"):
+        del document["verification"][name]
+    older = verification_of(document)
+    assert older.idle_text() == ""
+    assert not any("exercised" in name for name, _ in older.lines())
+
+
+def test_a_base_in_float64_is_merged_in_float64(tmp_path: Path) -> None:
+    parts = _parts()
+    parts.stock.double()
+    parts.stock.get_parameter("bert.embeddings.word_embeddings.weight").data += 1e-12
+    kept = parts.stock.get_parameter("bert.embeddings.word_embeddings.weight").detach().clone()
+    _write(tmp_path / "merged", parts, dtype="float64")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(weights["bert.embeddings.word_embeddings.weight"], kept)
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float64}
 
 
 def test_folder_that_fails_the_comparison_does_not_appear(tmp_path: Path) -> None:

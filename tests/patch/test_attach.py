@@ -22,6 +22,7 @@ from ticktune.patch.attach import (
     head_names,
     load_adapter_state,
     set_training,
+    watched_ticks,
 )
 
 
@@ -70,7 +71,10 @@ def test_layers_out_of_range_are_refused(selection: Any) -> None:
         attach(_build("bert"), 4, selection)
 
 
-@pytest.mark.parametrize("selection", ["frist:2", "last", "last:x", "2", "", "-", "2-1", 3.5])
+@pytest.mark.parametrize(
+    "selection",
+    ["frist:2", "last", "last:x", "2", "", "-", "2-1", 3.5, 3, None, True, ["a"], [True], [0.0], {"encoder": [True]}],
+)
 def test_layers_that_mean_nothing_are_refused(selection: Any) -> None:
     with pytest.raises(PatchError, match="ticks.layers"):
         attach(_build("bert"), 4, selection)
@@ -91,14 +95,72 @@ def test_dim_is_the_number_of_units(dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"dim": -1}, {"dim": 4, "form": "gate"}, {"dim": 4, "dropout": 1.0}, {"dim": 4, "dropout": -0.1}],
+    ("options", "message"),
+    [
+        ({"dim": -1}, "ticks.dim is -1, expected a whole number"),
+        ({"dim": True}, "ticks.dim is True"),
+        ({"dim": 2.5}, "ticks.dim is 2.5"),
+        ({"dim": "4"}, "ticks.dim is '4'"),
+        ({"form": "gate"}, "no form 'gate'"),
+        ({"dropout": 1.0}, "ticks.dropout is 1.0"),
+        ({"dropout": -0.1}, "ticks.dropout is -0.1"),
+        ({"dropout": "0.1"}, "ticks.dropout is '0.1'"),
+        ({"experts": "all"}, "experts='all'"),
+        ({"seed": None}, "the seed is None"),
+        ({"norms": None}, "norms is None, expected roles of norms"),
+        ({"norms": True}, "norms is True"),
+        ({"norms": [1]}, r"norms is \[1\]"),
+        ({"norm_layers": "frist:2"}, "norms.layers 'frist:2' is no selection"),
+        ({"norm_layers": [7]}, r"norms.layers \[7\]: the decoder has the layers 0 to 2"),
+        ({"norm_layers": {"encoder": "all"}}, "norms.layers: there is no stack encoder"),
+        ({"head": "yes"}, "head is 'yes'"),
+    ],
 )
-def test_settings_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
+def test_settings_that_mean_nothing_are_refused_and_change_nothing(options: dict[str, Any], message: str) -> None:
     model = _build("llama")
-    with pytest.raises(PatchError):
-        attach(model, **options)
-    assert attachment_of(model, missing_ok=True) is None
+    before = _state(model)
+    with pytest.raises(PatchError, match=message):
+        attach(model, **{"dim": 4, **options})
+    assert _state(model) == before
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """What an attachment changes: parameters, which are trained, hooks, the record, and the config."""
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    parameters = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    return [parameters, hooks, attachment_of(model, missing_ok=True), model.config.to_dict()]
+
+
+@pytest.mark.parametrize("step", ["train_norm", "_tick", "_in_own_dtype"])
+@pytest.mark.parametrize("error", [TypeError, KeyboardInterrupt])
+def test_a_failure_halfway_leaves_the_model_as_it_was(
+    step: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ticktune.patch import attach as module
+
+    model = _build("albert")
+    before = _state(model)
+    calls: list[int] = []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error("halfway")
+        return kept(*args, **options)
+
+    if step == "_in_own_dtype":  # after all else
+        monkeypatch.setattr(nn.Linear, "register_forward_pre_hook", fail)
+        calls, kept = [1], None
+    else:
+        kept = getattr(module, step)
+        monkeypatch.setattr(module, step, fail)
+    with pytest.raises(error, match="halfway"):
+        attach(model, 4, unshare=True, head=True)
+    monkeypatch.undo()
+    assert _state(model)[1:] == before[1:]
+    # What the layers shared is one module again, as it was.
+    assert [(n, r) for n, _, r in _state(model)[0]] == [(n, r) for n, _, r in before[0]]
+    attach(model, 4, unshare=True)
 
 
 def test_model_without_feed_forward_blocks_is_refused_with_exit_code_3() -> None:
@@ -302,12 +364,11 @@ def test_second_attach_is_refused_and_possible_after_detach() -> None:
 )
 def test_plan_that_does_not_fit_leaves_the_model_as_it_was(change: dict[str, Any]) -> None:
     model = _build("bert")
-    names = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    before = _state(model)
     entries: dict[str, Any] = {"form": "plain", "dim": 4, "layers": {"encoder": [0]}, "norms": [], "head": []}
     with pytest.raises(PatchError):
         attach_plan(model, Plan(**{**entries, **change}))
-    assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == names
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert _state(model) == before
     attach(model, 4)
 
 
@@ -386,3 +447,23 @@ def test_the_running_means_of_a_frozen_base_stay_in_training() -> None:
 def test_ticks_take_the_mode_of_the_model() -> None:
     assert not any(t.training for t in attachment_of(attach(_build("bert").eval(), 4)).ticks.values())
     assert all(t.training for t in attachment_of(attach(_build("bert").train(), 4)).ticks.values())
+
+
+def test_ticks_that_run_are_seen() -> None:
+    model = attach(_build("t5"), 4, norms="none")
+    encoder, ids = model.get_encoder(), torch.tensor([[4, 5]])
+    with watched_ticks(model) as ran:
+        encoder(input_ids=ids)
+    assert {key: key.startswith("encoder") for key in ran} == ran
+    with watched_ticks(model) as ran:
+        model(input_ids=ids, decoder_input_ids=ids)
+    assert all(ran.values())
+    assert len(ran) == 6
+
+
+def test_an_expert_without_tokens_has_not_run() -> None:
+    model = attach(_build("mixtral"), 4, [1], norms="none")
+    with watched_ticks(model) as ran, torch.no_grad():
+        model(input_ids=torch.tensor([[5]]))
+    assert list(ran) == [f"decoder.1.experts.{i}" for i in range(4)]
+    assert sum(ran.values()) == 2

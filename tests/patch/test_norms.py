@@ -131,3 +131,15 @@ def test_layer_norm_gets_a_float32_input_where_the_kernel_takes_no_mixture() -> 
     norm.register_forward_hook(lambda module, args, output: seen.append(args[0].dtype))
     assert norm(torch.empty(2, 4, dtype=torch.bfloat16, device="meta")).dtype == torch.bfloat16
     assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_trained_norms_run_on_a_base_in_float64(family: str) -> None:
+    model = models.families()[family]().double()
+    batch = models.inputs(model)
+    with torch.no_grad():
+        before = models.result(model(**batch))
+        attach(model, 4, norms="all", head=False)
+        after = models.result(model(**batch))
+    assert after.dtype == torch.float64
+    assert float((after - before).abs().max()) <= 1e-5 * max(1.0, float(before.abs().max()))  # the masters are float32

@@ -5,6 +5,7 @@ nothing for some seconds on rows that the fine-tuning does not see or does not a
 learned something real, at a small scale.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,62 @@ def image_model(data: Path, target: Path, config: Any, *, size: int, steps: int 
     return target
 
 
+def captions(data: Path, name: str, first: int, last: int) -> list[tuple[str, str]]:
+    """Pairs of an English caption and its German translation, of a split of Multi30k."""
+    lines = (data / "multi30k_en_de" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[first:last]
+    return [(row["en"], row["de"]) for row in map(json.loads, filter(None, lines))]
+
+
+def subword_tokenizer(texts: list[str], size: int) -> Any:
+    """A byte-pair tokenizer of ``size`` tokens, learned from texts; it ends a text with ``</s>``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False))
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=128
+    )
+
+
+def denoiser(data: Path, target: Path, *, steps: int = 400) -> Path:
+    """Trains a small BART to restore captions, English and German ones, of which it sees some words; saves it.
+
+    That is how BART itself was pretrained, at a small scale: it knows both languages a little, and never saw which
+    caption translates which. The captions are those from the 4,000th on.
+    """
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    texts = [text for pair in captions(data, "train", 4000, 10000) for text in pair]
+    tokenizer = subword_tokenizer(texts, 1000)
+    config = BartConfig(
+        vocab_size=1000, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, max_position_embeddings=128, dropout=0.0,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    whole = [torch.tensor(ids[:64]) for ids in tokenizer(texts)["input_ids"]]
+    generator = torch.Generator().manual_seed(0)
+
+    def batches() -> Batches:
+        for rows in shuffled(len(whole), 32, 0):
+            labels = [whole[row] for row in rows.tolist()]
+            seen = [ids[(torch.rand(len(ids), generator=generator) > 0.3) | (ids == 1)] for ids in labels]
+            source = nn.utils.rnn.pad_sequence(seen, batch_first=True, padding_value=0)
+            answer = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+            yield {"input_ids": source, "attention_mask": (source != 0).long(), "labels": answer}
+
+    learn(model, batches, steps, lr=4e-3)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
 def segmentation_model(data: Path, target: Path, classes: dict[str, list[int]], *, size: int, steps: int = 200) -> Path:
     """Trains a small SegFormer on the scenes' coarse parts, and saves its encoder and image processor.
 
@@ -90,8 +147,6 @@ def segmentation_model(data: Path, target: Path, classes: dict[str, list[int]], 
         size: Pixels of a picture's sides.
         steps: Of training.
     """
-    import json
-
     import numpy as np
     from PIL import Image
     from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil

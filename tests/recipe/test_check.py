@@ -185,3 +185,25 @@ def test_norms_alone_are_enough_to_train(tmp_path: Path) -> None:
 def test_a_metric_of_the_task_is_accepted(tmp_path: Path) -> None:
     text = HEAD.replace("text-classification", "causal-lm") + "data: {train: a}\nevaluation: {metric: perplexity}\n"
     assert accepted(tmp_path, text).evaluation.metric == "perplexity"
+
+
+@pytest.mark.parametrize(
+    ("task", "pattern", "message"),
+    [
+        ("causal-lm", '"####"', "expected a group, in parentheses, for the answer itself"),
+        ("causal-lm", '"(a"', "this is no regular expression"),
+        ("text-classification", '"(a)"', "only causal-lm looks for answers in what it writes, not text-classification"),
+    ],
+)
+def test_a_pattern_of_answers_that_cannot_be_used_is_refused(
+    tmp_path: Path, task: str, pattern: str, message: str
+) -> None:
+    text = f"task: {task}\nbase: {{model: m}}\ndata: {{train: a}}\nevaluation: {{generate: {{answer: {pattern}}}}}\n"
+    (problem,) = problems(tmp_path, text)
+    assert message in problem.message
+    assert "evaluation.generate.answer" in problem.where
+
+
+def test_a_pattern_of_answers_is_kept(tmp_path: Path) -> None:
+    text = "task: causal-lm\nbase: {model: m}\ndata: {train: a}\nevaluation: {generate: {answer: 'x(.)'}}\n"
+    assert accepted(tmp_path, text).evaluation.generate.answer == "x(.)"

@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 
 from tests.models import word_tokenizer
-from ticktune.errors import DataError
+from ticktune.errors import DataError, RecipeError
 from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.task import IGNORED, EncodingReport, Example, Row, TaskOptions, build_task, restore_task
 
@@ -360,3 +360,75 @@ def test_a_prediction_is_the_continuation_alone() -> None:
     answers = task.predict(SimpleNamespace(generate=generate), batch)  # type: ignore[arg-type]
     assert answers == [{"text": "w9"}, {"text": "w9 w10"}, {"text": ""}]
     assert (asked["max_new_tokens"], asked["num_beams"], asked["do_sample"]) == (128, 1, False)
+
+
+# Answers
+
+QUESTIONS = [{"prompt": f"w{i} w{i + 1}", "response": f"w40 w{i}"} for i in range(7)]
+PATTERN = r"w40 (w\d+)"
+
+
+def answering(**options: Any) -> CausalLm:
+    return CausalLm(TaskOptions(("prompt", "response"), 16, answer=PATTERN, **options), word_tokenizer())
+
+
+def test_prompts_are_continued_apart_from_their_responses() -> None:
+    task = answering()
+    rows = [{"prompt": "w1 w2 w3", "response": "w40 w9"}, {"prompt": "", "response": "w40 w8"}]
+    batch = task.collate(encode(task, *rows)[0])
+    assert batch["prompt_ids"].tolist() == [ids(1, 2, 3), [0, 0, 2]]  # nothing is continued from <s>
+    assert batch["prompt_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["answers"] == ["w9", "w8"]
+    assert batch["input_ids"][0].tolist() == [*ids(1, 2, 3, 40, 9), EOS]
+    assert task.inputs(batch).keys() == {"input_ids", "attention_mask"}
+
+
+class Parrot(torch.nn.Module):
+    """Writes w40 and then the last word of the prompt minus one for even words, and no answer for odd ones."""
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **asked: Any) -> torch.Tensor:
+        assert not asked["do_sample"]
+        first = input_ids[:, -2:-1]
+        marker = torch.where(first % 2 == 0, ids(40)[0], ids(41)[0])
+        return torch.cat([input_ids, marker, first], 1)
+
+
+def test_exact_match_counts_each_row_once_over_uneven_batches() -> None:
+    task = answering()
+    examples, _ = encode(task, *QUESTIONS)
+    metrics = task.metrics()
+    for part in (examples[:4], examples[4:]):
+        task.update_by_generation(metrics, Parrot(), task.collate(part))
+    assert float(metrics["exact_match"].compute()) == pytest.approx(4 / 7)  # w0, w2, w4, w6
+
+
+def test_without_a_pattern_nothing_is_generated_and_there_is_no_such_metric() -> None:
+    task = task_of(("prompt", "response"))
+    batch = task.collate(encode(task, *QUESTIONS)[0])
+    assert "prompt_ids" not in batch
+    task.update_by_generation(task.metrics(), torch.nn.Module(), batch)
+    assert "exact_match" not in task.metrics()
+    assert "exact_match" in answering().metrics()
+
+
+def test_a_prediction_has_the_text_and_the_answer_in_it() -> None:
+    task = answering()
+    examples, _ = encode(task, QUESTIONS[0], QUESTIONS[1], labelled=False)
+    assert task.predict(Parrot(), task.collate(examples)) == [
+        {"text": "w40 w0", "answer": "w0"},
+        {"text": "w41 w1", "answer": None},
+    ]
+
+
+def test_a_response_without_an_answer_is_named() -> None:
+    rows = [*QUESTIONS[:2], {"prompt": "w1", "response": "w2"}]
+    with pytest.raises(DataError, match="expected a match of evaluation.generate.answer") as caught:
+        answering().check(rows, lambda i: f"a.jsonl:{i + 1}")
+    assert caught.value.problems[0].where == "a.jsonl:3"
+    answering().check([{"prompt": "w1"}], lambda i: "")
+
+
+def test_answers_need_prompts() -> None:
+    options = TaskOptions(("text",), 16, answer=PATTERN)
+    with pytest.raises(RecipeError, match="answers are looked for in responses to prompts, found the columns text"):
+        build_task("causal-lm", options, [], lambda i: "", word_tokenizer(), SimpleNamespace())

@@ -95,6 +95,7 @@ def processor_identity(directory: Path) -> dict[str, str]:
         "special_tokens_map.json",
         "added_tokens.json",
         "*.model",
+        "*.spm",
         "*.jinja",
     )
     files = {path for name in names for path in directory.glob(name) if path.is_file()}

@@ -55,7 +55,12 @@ def as_llama(model: nn.Module) -> nn.Module:
         **entries, head_dim=head_dim, attention_bias=family == "qwen2", mlp_bias=False, dtype=config.dtype
     )
     llama: Any = getattr(transformers, name)(llama_config).to(next(model.parameters()).dtype)
-    state = {k: v for key, value in model.state_dict().items() for k, v in _renamed(key, value, llama_config)}
+    body = f"{model.base_model_prefix}."  # question answering keeps it under another name than the other heads
+    state = {
+        (llama.base_model_prefix + "." + k.removeprefix(body) if k.startswith(body) else k): v
+        for key, value in model.state_dict().items()
+        for k, v in _renamed(key, value, llama_config)
+    }
     for key, value in llama.state_dict().items():
         if key.endswith("o_proj.bias"):
             state[key] = torch.zeros_like(value)
@@ -67,11 +72,14 @@ def as_llama(model: nn.Module) -> nn.Module:
 
 
 def probe(model: nn.Module, *, length: int = 64) -> dict[str, Tensor]:
-    """Random token ids as long as the model's positions allow, ``length`` at most: what a conversion is checked on."""
+    """A row of random token ids, as long as the model's positions allow: what a conversion is checked on.
+
+    One row, as classifiers of sequences without a padding token take no more.
+    """
     config: Any = model.config
     tokens = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (2, tokens), generator=generator)
+    ids = torch.randint(0, config.vocab_size, (1, tokens), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

@@ -2,8 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.adapter import AdapterFacts
+from ticktune.device import DTYPES
 from ticktune.errors import ExportError
 from ticktune.export.express import as_llama, probe
+from ticktune.export.stock_forward import tensors_of
 from ticktune.export.verify import TOLERANCE, Decide, Verification, compare, distance, stock_logits
-from ticktune.export.widen import Widening, widen
+from ticktune.export.widen import Widening, put_head, widen
 from ticktune.files import new_directory, read_json, verify_directory, write_json, write_text
 from ticktune.patch.attach import Plan
 from ticktune.report.card import merged_card
 
 FACTS = "ticktune.json"
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True)
@@ -37,22 +33,26 @@ class Evidence:
         masks: Which positions of each batch count; None: all.
         ours: Logits of base + adapter on them.
         base: Logits of the base with the adapter's head.
+        logits: What makes one tensor of a model's outputs by name.
         decide: The task's decisions.
         metrics: Logits of all batches -> the task's metrics; empty where there are no answers.
+        ran: Key of each tick -> whether it ran on the batches; empty: not watched.
     """
 
     batches: Sequence[dict[str, Tensor]]
     masks: Sequence[Tensor | None]
     ours: Sequence[Tensor]
     base: Sequence[Tensor]
+    logits: Callable[[Mapping[str, Tensor]], Tensor]
     decide: Decide
     metrics: Callable[[Sequence[Tensor]], dict[str, float]]
+    ran: Mapping[str, bool] = field(default_factory=dict)
 
 
 def write_merged(
     target: Path,
     model: nn.Module,
-    tokenizer: Any,
+    processor: Any,
     tensors: dict[str, Tensor],
     facts: AdapterFacts,
     evidence: Evidence,
@@ -64,16 +64,18 @@ def write_merged(
     keep_exact: bool = False,
     replace: bool = False,
     trained_on: dict[str, Any] | None = None,
+    extra_files: Mapping[str, str] | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Merges, verifies, and writes a folder that stock transformers opens.
 
-    Merging and verifying happen in float32; the cast comes last, and what it costs is reported.
+    Merging and verifying happen in the model's dtype; the cast comes last, and what it costs is reported.
 
     Args:
         target: The folder; it appears as a whole, or not at all.
-        model: The stock base under the adapter's class, float32, label map in its config. It is used up.
-        tokenizer: Saved beside the weights; None: nothing is.
+        model: The stock base under the adapter's class, float32 or wider, label map in its config. It is used
+            up.
+        processor: Tokenizer, image processor or feature extractor, saved beside the weights; None: nothing is.
         tensors: The adapter's tensors.
         facts: The adapter's facts.
         evidence: What to compare on.
@@ -81,10 +83,11 @@ def write_merged(
         adapter_sha256: Recorded, to recognise the same export again.
         pad_to: See :func:`ticktune.export.widen.widen`.
         express: ``same`` architecture, or ``llama``; see :mod:`ticktune.export.express`.
-        keep_exact: Whether base tensors that ``dtype`` would round keep float32: those that the base's own files
+        keep_exact: Whether base tensors that ``dtype`` would round stay wider: those that the base's own files
             hold in a wider dtype than most, such as the biases of some routers.
         replace: Whether an existing folder is put aside.
         trained_on: Where training held the base as codes: which, and the drift from there, for the records.
+        extra_files: Further files, name -> text; see :meth:`ticktune.tasks.task.Task.extra_files`.
         poll: Called between the stages, so that a signal is noticed.
 
     Returns:
@@ -102,27 +105,35 @@ def write_merged(
         new_directory(target, replace=replace) as temporary,
     ):
         control, whole = Path(name) / "control", Path(name) / "merged"
-        _put_head(model, plan, tensors)
+        put_head(model, plan, tensors)
         if express == "llama":
             model = express_as_llama(model)
         _save(model, control)
-        exact = not_exact_in(model, _DTYPES[dtype]) - set(plan.head) if keep_exact else set[str]()
+        work = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+        exact = not_exact_in(model, DTYPES[dtype]) - set(plan.head) if keep_exact else set[str]()
         widened = widen(model, plan, tensors, pad_to=pad_to)
-        final = temporary if dtype == "float32" else whole
+        final = temporary if dtype == work else whole
         _save(model, final)
         reloaded, merged = stock_logits(
-            [(control, auto_class, "float32"), (final, auto_class, "float32")], evidence.batches, same_ties=True
+            [(control, auto_class, work), (final, auto_class, work)],
+            evidence.batches,
+            logits=evidence.logits,
+            same_ties=True,
         )
         poll()
         found = compare(evidence.ours, merged, evidence.base, reloaded, evidence.masks, evidence.decide)
+        found = found.with_ticks(evidence.ran)
         cast: dict[str, Any] = {}
-        if dtype != "float32":
-            cast_model(model, _DTYPES[dtype], exact)
+        if dtype != work:
+            cast_model(model, DTYPES[dtype], exact)
             _save(model, temporary)
-            [cast_logits] = stock_logits([(temporary, auto_class, "auto")], evidence.batches)
+            [cast_logits] = stock_logits([(temporary, auto_class, "auto")], evidence.batches, logits=evidence.logits)
             cast = _cast_drift(evidence, merged, cast_logits, dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
+        for name, text in (extra_files or {}).items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(temporary / name, text)
         document = {
             "format": 1,
             "adapter_sha256": adapter_sha256,
@@ -204,25 +215,22 @@ def express_as_llama(model: nn.Module) -> nn.Module:
     llama = as_llama(model)
     batch = probe(model)
     with torch.no_grad():
-        before, after = model.eval()(**batch), llama(**batch)
-    key = "logits" if hasattr(before, "logits") else "last_hidden_state"
-    difference = distance(before[key], after[key], None)
-    allowed = TOLERANCE * max(1.0, float(before[key].abs().max()))
-    if not difference <= allowed:
-        raise ExportError(
-            f"written as a Llama the base differs by {difference:.2e} on random tokens, tolerance {allowed:.2e}"
-        )
+        before, after = tensors_of(model.eval()(**batch)), tensors_of(llama(**batch))
+    if before.keys() != after.keys():
+        raise ExportError(f"written as a Llama the base gives {', '.join(after)}, expected {', '.join(before)}")
+    for name, tensor in before.items():
+        difference = distance(tensor, after[name], None)
+        allowed = TOLERANCE * max(1.0, float(tensor.abs().max()))
+        if not difference <= allowed:
+            raise ExportError(
+                f"written as a Llama the base differs by {difference:.2e} on random tokens, tolerance {allowed:.2e}",
+                where=f"output {name}",
+            )
     return llama
 
 
 def _save(model: nn.Module, directory: Path) -> None:
     model.save_pretrained(directory)  # type: ignore[operator]
-
-
-def _put_head(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name in plan.head:
-            model.get_parameter(name).copy_(tensors[f"head.{name}"])
 
 
 def drift_of(evidence: Evidence, before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, Any]:

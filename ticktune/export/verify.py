@@ -5,8 +5,8 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ticktune.errors import ExportError
+from ticktune.export.stock_forward import main_tensor
 
 TOLERANCE = 1e-5
 _PROOF = 1000  # the ticks' effect must be so many times the tolerance, else equality proves nothing
@@ -36,6 +37,10 @@ class Verification:
         decisions: Predictions compared.
         changed: How many differ; only those closer than twice the largest difference may.
         near_ties: How many are that close.
+        ticks: Ticks of the adapter; each expert's is one. 0: not counted.
+        ticks_run: How many of them got input from the compared rows. The others' weights are compared with the merged
+            ones, but nothing that they compute.
+        idle_ticks: Keys of those that got none.
     """
 
     rows: int
@@ -47,6 +52,23 @@ class Verification:
     decisions: int
     changed: int
     near_ties: int
+    ticks: int = 0
+    ticks_run: int = 0
+    idle_ticks: list[str] = field(default_factory=list)
+
+    def with_ticks(self, ran: Mapping[str, bool]) -> "Verification":
+        """The same, with which ticks ran on the compared rows; see :func:`ticktune.patch.attach.watched_ticks`."""
+        idle = [key for key, has_run in ran.items() if not has_run]
+        return replace(self, ticks=len(ran), ticks_run=len(ran) - len(idle), idle_ticks=idle)
+
+    def idle_text(self) -> str:
+        """What to warn of where some ticks did not run, or an empty string."""
+        if not self.idle_ticks:
+            return ""
+        return (
+            f"{len(self.idle_ticks)} of {self.ticks} ticks got no input from the compared rows, so only their weights "
+            f"were compared: {', '.join(self.idle_ticks[:3])}"
+        )
 
     def lines(self) -> list[tuple[str, str]]:
         """The findings for a person."""
@@ -58,12 +80,28 @@ class Verification:
             ("control: base saved and reloaded", f"{self.control_difference:.2e}"),
             ("effect of ticks and norms", f"{self.effect:.3g}"),
             ("equal predictions", f"{equal}, {self.near_ties} near ties"),
+            *([("ticks exercised", f"{self.ticks_run}/{self.ticks}")] if self.ticks else []),
         ]
 
 
 def stock_logits(
-    models: Sequence[tuple[Path, str, str]], batches: Sequence[dict[str, Tensor]], *, same_ties: bool = False
+    models: Sequence[tuple[Path, str, str]],
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    logits: Callable[[Mapping[str, Tensor]], Tensor] = main_tensor,
+    same_ties: bool = False,
 ) -> list[list[Tensor]]:
+    """Runs stock transformers as :func:`stock_outputs` does; returns for each model the logits of each batch.
+
+    Args as there; ``logits`` makes one tensor of a model's outputs.
+    """
+    found = stock_outputs(models, batches, same_ties=same_ties)
+    return [[logits(outputs) for outputs in model] for model in found]
+
+
+def stock_outputs(
+    models: Sequence[tuple[Path, str, str]], batches: Sequence[dict[str, Tensor]], *, same_ties: bool = False
+) -> list[list[dict[str, Tensor]]]:
     """Runs stock transformers in a fresh process.
 
     Args:
@@ -72,7 +110,7 @@ def stock_logits(
         same_ties: Whether all must tie the same weights as the first, the control.
 
     Returns:
-        For each model the logits of each batch.
+        For each model the floating-point outputs of each batch.
 
     Raises:
         ExportError: A folder does not load, or not exactly: a tensor is missing, unexpected or misshaped, or
@@ -117,10 +155,12 @@ def stock_logits(
             if same_ties and said["tied"] != found[0]["tied"]:
                 lost = sorted({*said["tied"]} ^ {*found[0]["tied"]})
                 raise ExportError(f"tied weights differ from the base's: {', '.join(lost[:3])}", where=str(folder))
-        return [
-            [outputs[str(i)] for i in range(len(batches))]
-            for outputs in (load_file(directory / f"outputs-{i}.safetensors") for i in range(len(models)))
-        ]
+        answers: list[list[dict[str, Tensor]]] = [[{} for _ in batches] for _ in models]
+        for i, answer in enumerate(answers):
+            for key, tensor in sorted(load_file(directory / f"outputs-{i}.safetensors").items()):
+                number, _, name = key.split(".", 2)
+                answer[int(number)][name] = tensor
+        return answers
 
 
 def check_loading(found: dict[str, Any], folder: Path) -> None:
@@ -193,6 +233,44 @@ def compare(
     if not difference <= allowed:
         raise ExportError(f"the merged folder differs from base + adapter by {difference:.2e}, tolerance {allowed:.2e}")
     return found
+
+
+def compare_outputs(
+    ours: Sequence[dict[str, Tensor]],
+    merged: Sequence[dict[str, Tensor]],
+    base: Sequence[dict[str, Tensor]],
+    control: Sequence[dict[str, Tensor]],
+    decide: Decide,
+) -> Verification:
+    """Compares every output of a model: start and end logits, the embeddings of each tower.
+
+    Each has its own tolerance, as large logits would allow anything to short embeddings.
+
+    Args as :func:`compare`, with all outputs by name.
+
+    Returns:
+        The findings of the output that the ticks change least beside its tolerance, of those that they change; its
+        predictions are those of all outputs of logits.
+    """
+    names = list(ours[0])
+    if not all(outputs.keys() == ours[0].keys() for outputs in (*ours, *merged, *base, *control)):
+        raise ExportError(f"the merged folder's outputs are not {', '.join(names)}")
+    found = {}
+    for name in names:
+        a, b, c, d = ([outputs[name] for outputs in which] for which in (ours, merged, base, control))
+        try:
+            found[name] = compare(a, b, c, d, [None] * len(ours), decide)
+        except ExportError as error:
+            raise ExportError(error.problems[0].message, where=f"output {name}") from error
+    changed = [each for each in found.values() if each.effect > 0] or list(found.values())
+    decided = [each for name, each in found.items() if "logits" in name] or [next(iter(found.values()))]
+    return replace(
+        min(changed, key=lambda each: each.effect / each.tolerance),
+        rows=next(iter(found.values())).rows,
+        decisions=sum(each.decisions for each in decided),
+        changed=sum(each.changed for each in decided),
+        near_ties=sum(each.near_ties for each in decided),
+    )
 
 
 def distance(a: Tensor, b: Tensor, mask: Tensor | None) -> float:

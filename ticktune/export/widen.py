@@ -118,6 +118,7 @@ def widen(
     Raises:
         ExportError: The architecture has no place for it.
     """
+    check_pad_to(pad_to)
     if plan.unshare:
         unshare_layers(model)
     layout = layout or find_layout(model)
@@ -140,6 +141,9 @@ def widen(
                 _add_biases(model, shapes)
             for ffn in blocks:
                 _widen_block(ffn, after[id(ffn)], plan, tensors)
+        for ffn in layout.ffns:
+            if has_tick(plan, ffn):
+                _refuse_lost_units(ffn, before[id(ffn)], plan, tensors)
         for name in sorted(f for f in (*fields, *promoted) if f is not None):
             value = getattr(*config_of(config, name))
             owner, leaf = config_of(model.config, name)
@@ -151,10 +155,28 @@ def widen(
         for key in plan.norms:
             for name, parameter in layout.norms[key].named_parameters(recurse=False):
                 parameter.copy_(tensors[f"{key}.{name}"])
-        for name in plan.head:
-            model.get_parameter(name).copy_(tensors[f"head.{name}"])
+    put_head(model, plan, tensors)
     _write_for_other_readers(model.config)
     return found
+
+
+def check_pad_to(pad_to: Any) -> None:
+    """Refuses what is no multiple to round widths up to.
+
+    Raises:
+        ExportError: It is none.
+    """
+    is_number = isinstance(pad_to, int) and not isinstance(pad_to, bool)
+    is_digits = isinstance(pad_to, str) and pad_to.isdecimal()
+    if pad_to not in ("auto", "none") and not ((is_number or is_digits) and int(pad_to) >= 1):
+        raise ExportError(f"pad_to is {pad_to!r}, expected auto, none or a whole number of at least 1")
+
+
+def put_head(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
+    """Gives a stock model the adapter's head."""
+    with torch.no_grad():
+        for name in plan.head:
+            model.get_parameter(name).copy_(tensors[f"head.{name}"])
 
 
 def _write_for_other_readers(config: Any) -> None:
@@ -329,6 +351,29 @@ def _widen_experts(ffn: Ffn, width: int, plan: Plan, tensors: dict[str, Tensor])
     for name in ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_dim"):
         if getattr(module, name, None) == old:
             setattr(module, name, width)
+
+
+def _refuse_lost_units(ffn: Ffn, old: int, plan: Plan, tensors: dict[str, Tensor]) -> None:
+    """Every tick must stand in its wider block as it is: rows that a comparison of logits may never reach too."""
+    units = slice(old, old + plan.dim)
+    for number in range(ffn.count if ffn.experts is not None else 1):
+        key, r = ffn.key, None
+        if ffn.experts is not None:
+            key = ffn.key if plan.experts == "block" else f"{ffn.key}.{number}"
+            first = ffn.down.get_parameter("gate_up_proj" if ffn.is_gated else "up_proj")[number]
+            parts, down = first.chunk(2 if ffn.is_gated else 1), ffn.down.get_parameter("down_proj")[number]
+        else:
+            entry = ffn.gate if ffn.gate is not None else ffn.up
+            parts = _rows(ffn.up).chunk(2) if ffn.fused is not None else (_rows(entry), _rows(ffn.up))
+            biases = None if (bias := _bias(entry)) is None else bias.chunk(2 if ffn.fused is not None else 1)
+            is_last = ffn.fused == "up first"
+            parts, down = parts[::-1] if is_last else parts, _rows(ffn.down)
+            r = None if biases is None else biases[-1 if is_last else 0][units]
+        found = {"Q": parts[0][units], "U": parts[-1][units], "P": down[:, units], "r": r}
+        for name, tensor in found.items():
+            given = tensors.get(f"{key}.{name}")
+            if given is not None and (tensor is None or not torch.equal(tensor, given.to(tensor))):
+                raise ExportError(f"the tensor {key}.{name} does not stand in the wider block as it is")
 
 
 def _widen_convolution(conv: nn.Module, ticks: int, extra: int) -> None:

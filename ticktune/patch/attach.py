@@ -3,6 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -124,10 +125,8 @@ def attach(
         PatchError: The family is unknown, a layer or stack does not exist, the form does not fit, or a number
             is out of its range.
     """
-    if dim < 0 or not 0 <= dropout < 1:
-        raise PatchError(f"expected dim >= 0 and dropout in [0, 1), found {dim} and {dropout}")
-    if experts not in ("each", "block"):
-        raise PatchError(f"there are no ticks for experts={experts!r}", fix="use each or block")
+    _check_arguments(dim, dropout, experts, seed)
+    fresh = tuple(fresh)
     _refuse_second(model)
     shared = unshare_layers(model) if unshare else None
     try:
@@ -145,7 +144,7 @@ def attach(
             unshare=unshare,
         )
         return _attach(model, Attachment(plan, layout, shared=shared), dropout, seed)
-    except PatchError:
+    except BaseException:
         if shared is not None:
             shared.restore()
         raise
@@ -161,10 +160,26 @@ def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int
     shared = unshare_layers(model) if plan.unshare else None
     try:
         return _attach(model, Attachment(plan, find_layout(model), shared=shared), dropout, seed)
-    except PatchError:
+    except BaseException:
         if shared is not None:
             shared.restore()
         raise
+
+
+def _check_arguments(dim: Any, dropout: Any, experts: Any, seed: Any) -> None:
+    # True is an int to Python, and 2.5 units would fail far from here.
+    if not _is_whole(dim) or dim < 0:
+        raise PatchError(f"ticks.dim is {dim!r}, expected a whole number of at least 0")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise PatchError(f"ticks.dropout is {dropout!r}, expected a number in [0, 1)")
+    if experts not in ("each", "block"):
+        raise PatchError(f"there are no ticks for experts={experts!r}", fix="use each or block")
+    if not _is_whole(seed):
+        raise PatchError(f"the seed is {seed!r}, expected a whole number")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _refuse_second(model: nn.Module) -> None:
@@ -174,10 +189,21 @@ def _refuse_second(model: nn.Module) -> None:
 
 def _attach(model: nn.Module, record: Attachment, dropout: float, seed: int) -> nn.Module:
     plan = record.plan
-    _check_plan(model, plan, record.layout)  # before anything is changed, as there is no way back halfway
+    _check_plan(model, plan, record.layout)
     record.required_grad = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
+    try:
+        _change(model, record, dropout, seed)
+    except BaseException:
+        _change_back(model, record)
+        raise
+    setattr(model, _RECORD, record)
+    return model
 
+
+def _change(model: nn.Module, record: Attachment, dropout: float, seed: int) -> None:
+    """Puts everything in its place; the record holds what was done so far, for :func:`_change_back`."""
+    plan = record.plan
+    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for ffn in record.layout.ffns:
         if not has_tick(plan, ffn):
@@ -205,15 +231,11 @@ def _attach(model: nn.Module, record: Attachment, dropout: float, seed: int) -> 
         record.frozen_head[name] = frozen
         setattr(owner, leaf, nn.Parameter(frozen.detach().float().clone()))
         owners[id(owner)] = owner
-    record.handles += [owner.register_forward_pre_hook(_in_own_dtype) for owner in owners.values()]
-
-    setattr(model, _RECORD, record)
-    return model
+    for owner in owners.values():
+        record.handles.append(owner.register_forward_pre_hook(_in_own_dtype))
 
 
-def detach(model: nn.Module) -> nn.Module:
-    """Takes ticks, trained norms and head off again; the base's own tensors return, byte for byte."""
-    record = attachment_of(model)
+def _change_back(model: nn.Module, record: Attachment) -> None:
     for handle in record.handles:
         handle.remove()
     for ffn in record.layout.ffns:
@@ -221,12 +243,18 @@ def detach(model: nn.Module) -> nn.Module:
             del (ffn.down if isinstance(record.ticks[ffn.key], ExpertTicks) else _ends(ffn)[1]).tick
     for key, tensor in record.frozen_norms.items():
         norm_key, _, name = key.rpartition(".")
-        setattr(record.norms[norm_key], name, tensor)
+        setattr(record.layout.norms[norm_key], name, tensor)
     for name, tensor in record.frozen_head.items():
         owner, leaf = _owner(model, name)
         setattr(owner, leaf, tensor)
     for name in record.required_grad:
         model.get_parameter(name).requires_grad_(True)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Takes ticks, trained norms and head off again; the base's own tensors return, byte for byte."""
+    record = attachment_of(model)
+    _change_back(model, record)
     if record.shared is not None:
         record.shared.restore()
     delattr(model, _RECORD)
@@ -245,16 +273,43 @@ def attachment_of(model: nn.Module, *, missing_ok: bool = False) -> Any:
     return record
 
 
+def _single_ticks(record: Attachment) -> Iterator[tuple[str, Tick]]:
+    """(key, tick) of every tick, those of experts one by one."""
+    for key, ticks in record.ticks.items():
+        if isinstance(ticks, ExpertTicks):
+            yield from ((f"{key}.{i}", tick) for i, tick in enumerate(ticks))  # type: ignore[misc]
+        else:
+            yield key, ticks
+
+
+@contextmanager
+def watched_ticks(model: nn.Module) -> Iterator[dict[str, bool]]:
+    """Watches which ticks run: key of each tick, and of each expert's -> whether any token has reached it."""
+    ticks = dict(_single_ticks(attachment_of(model)))
+    ran = dict.fromkeys(ticks, False)
+
+    def watch(key: str) -> Any:
+        def hook(tick: nn.Module, args: tuple[Tensor, ...]) -> None:
+            ran[key] = ran[key] or args[0].numel() > 0
+
+        return hook
+
+    handles = [tick.register_forward_pre_hook(watch(key)) for key, tick in ticks.items()]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, Role, nn.Parameter]]:
     """Yields (key in the adapter file, role, parameter) of everything that is trained, in a fixed order."""
     record = attachment_of(model)
-    for key, ticks in record.ticks.items():
-        each = {f"{key}.{i}": t for i, t in enumerate(ticks)} if isinstance(ticks, ExpertTicks) else {key: ticks}
-        for name, tick in each.items():
-            for role in ("Q", "r", "U", "P"):
-                parameter = getattr(tick, role)
-                if parameter is not None:
-                    yield f"{name}.{role}", role, parameter
+    for name, tick in _single_ticks(record):
+        for role in ("Q", "r", "U", "P"):
+            parameter = getattr(tick, role)
+            if parameter is not None:
+                yield f"{name}.{role}", role, parameter
     for key, norm in record.norms.items():
         for name in own_parameters(norm):
             yield f"{key}.{name}", "norm", norm.get_parameter(name)
@@ -328,13 +383,14 @@ def set_training(model: nn.Module, training: bool, *, base_dropout: bool = True)
         tick.train(training)
 
 
-def select_layers(selection: Any, sizes: dict[str, int]) -> dict[str, list[int]]:
+def select_layers(selection: Any, sizes: dict[str, int], *, key: str = "ticks.layers") -> dict[str, list[int]]:
     """Turns a layer selection into layer numbers for each stack.
 
     Args:
         selection: ``all``, ``none``, ``last:3``, ``first:2``, ``4-11``, a list, or a dict of these by stack; a
             stack that the dict leaves out gets none.
         sizes: Stack name -> number of layers.
+        key: What the selection is called in a recipe, for messages.
 
     Raises:
         PatchError: A stack or layer does not exist.
@@ -342,9 +398,9 @@ def select_layers(selection: Any, sizes: dict[str, int]) -> dict[str, list[int]]
     if isinstance(selection, dict):
         for stack in selection:
             if stack not in sizes:
-                raise PatchError(f"there is no stack {stack}", fix=f"this model has: {', '.join(sizes)}")
-        return {stack: _numbers(selection.get(stack, "none"), stack, size) for stack, size in sizes.items()}
-    return {stack: _numbers(selection, stack, size) for stack, size in sizes.items()}
+                raise PatchError(f"{key}: there is no stack {stack}", fix=f"this model has: {', '.join(sizes)}")
+        return {stack: _numbers(selection.get(stack, "none"), stack, size, key) for stack, size in sizes.items()}
+    return {stack: _numbers(selection, stack, size, key) for stack, size in sizes.items()}
 
 
 def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout) -> list[str]:
@@ -361,10 +417,15 @@ def select_norms(roles: Any, norm_layers: Any, tick_layers: Any, layout: Layout)
     """
     if isinstance(roles, str) and roles not in ("all", "none"):
         roles = [part.strip() for part in roles.split(",")]
+    if roles not in ("all", "none") and not (
+        isinstance(roles, list | tuple | set) and all(isinstance(role, str) for role in roles)
+    ):
+        raise PatchError(f"norms is {roles!r}, expected roles of norms", fix="use all, none or a list of roles")
     if roles == "none":
         return []
-    selection = tick_layers if norm_layers == "same" else norm_layers
-    chosen = select_layers(selection, layout.sizes)
+    is_same = isinstance(norm_layers, str) and norm_layers == "same"
+    selection = tick_layers if is_same else norm_layers
+    chosen = select_layers(selection, layout.sizes, key="ticks.layers" if is_same else "norms.layers")
     if roles == "all":
         wanted = None
     else:
@@ -567,29 +628,25 @@ def _check_plan(model: nn.Module, plan: Plan, layout: Layout) -> None:
             )
 
 
-def _numbers(selection: Any, stack: str, size: int) -> list[int]:
-    if selection == "all":
-        return list(range(size))
-    if selection == "none":
-        return []
+def _numbers(selection: Any, stack: str, size: int, key: str) -> list[int]:
+    if isinstance(selection, str) and selection in ("all", "none"):
+        return list(range(size)) if selection == "all" else []
     match = _LAYERS.fullmatch(selection) if isinstance(selection, str) else None
     if match is not None and match[1]:
         count = int(match[2])
         numbers = list(range(count)) if match[1] == "first" else list(range(size - count, size))
     elif match is not None and int(match[3]) <= int(match[4]):
         numbers = list(range(int(match[3]), int(match[4]) + 1))
-    elif isinstance(selection, list | tuple | range):
+    elif isinstance(selection, list | tuple | range) and all(map(_is_whole, selection)):
         numbers = list(selection)
     else:
         raise PatchError(
-            f"ticks.layers {selection!r} is no selection of layers",
+            f"{key} {selection!r} is no selection of layers",
             fix="use all, none, last:3, first:2, 4-11 or a list of numbers",
         )
     outside = [n for n in numbers if not 0 <= n < size]
     if outside:
-        raise PatchError(
-            f"ticks.layers {selection}: the {stack} has the layers 0 to {size - 1}", fix="choose among these"
-        )
+        raise PatchError(f"{key} {selection}: the {stack} has the layers 0 to {size - 1}", fix="choose among these")
     return numbers
 
 

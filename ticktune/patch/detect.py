@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticktune.errors import PatchError
+from ticktune.errors import PatchError, first_line
 from ticktune.patch.fields import bias_field, width_fields
 from ticktune.patch.layout import (
     AS_LLAMA,
@@ -36,7 +36,6 @@ from ticktune.patch.proof import (
     Block,
     Trace,
     common_parent,
-    first_line,
     is_alternative,
     is_norm,
     is_projection,

@@ -46,13 +46,13 @@ def own_parameters(norm: nn.Module) -> list[str]:
 
 
 def _as_the_kernel_needs(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    # Only the CPU's kernel of layer_norm takes a half-precision input with float32 parameters.
+    # Only the CPU's kernel of layer_norm takes an input and parameters of two dtypes: half precision and float32.
     x = args[0] if args else None
-    if not isinstance(norm, nn.LayerNorm) or not isinstance(x, Tensor) or x.device.type == "cpu":
+    if not isinstance(norm, nn.LayerNorm) or not isinstance(x, Tensor) or _in_autocast(x):
         return None
-    if _in_autocast(x) or x.dtype == torch.float32:
+    if x.dtype == norm.weight.dtype or (x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)):
         return None
-    return (x.float(), *args[1:])
+    return (x.to(norm.weight.dtype), *args[1:])
 
 
 def _in_frozen_dtype(frozen: torch.dtype, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

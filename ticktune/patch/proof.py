@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ticktune.errors import first_line
 from ticktune.patch.layout import is_conv1d, items_of, projection_size
 from ticktune.patch.shrink import example_inputs
 
@@ -26,7 +27,7 @@ _ACTIVATIONS = (
 _EXACT = 1e-6  # relative; a wrong activation is off by 1e-4 or more, a model that computes it in float32 by 1e-7
 _LARGE = 1000.0  # times what a small model computes: beyond the limits of all clamps
 _ROWS = 256  # of hidden states that are compared
-_MOST_SECONDS = 20  # of one run
+_MOST_SECONDS = 10  # of one run, and after which no other inputs are tried
 _MOST_BYTES = 1 << 31  # kept of one run; what comes after is not looked at
 
 
@@ -205,11 +206,6 @@ def residual(a: Tensor, b: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says in short; its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 # The run
 
 
@@ -281,6 +277,7 @@ def _run(model: nn.Module) -> Trace:
     trace.reason, trace.failed = "no inputs are known for it", True
     try:
         choices = example_inputs(model)
+        start = time.monotonic()
         for number, arguments in enumerate(choices):
             recorder.clear()
             error = _call(model, arguments)
@@ -293,6 +290,8 @@ def _run(model: nn.Module) -> Trace:
             # What ran before the failure counts all the same, as a proof is local; the reason is that of the
             # likeliest inputs.
             reason = trace.reason = reason or error
+            if time.monotonic() - start > _MOST_SECONDS:
+                break
     finally:
         recorder.remove()
     return trace

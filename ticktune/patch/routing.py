@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ticktune.errors import first_line
 from ticktune.patch.layout import Ffn
-from ticktune.patch.proof import first_line, residual
+from ticktune.patch.proof import residual
 from ticktune.patch.shrink import small_models
 
 _LARGE = 1000.0  # times what a block computes, so that the difference of two runs is not lost in rounding

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ticktune.errors import first_line
+
 Way = Literal["narrow", "scaled", "short", "filled", "large images"]
 
 HIDDEN, HEADS, HEAD_DIM, WIDTH = 64, 4, 16, 96
@@ -98,7 +100,10 @@ _COUNTS: dict[str, int] = {
     "context_length": 16,
 }  # fmt: skip
 # What a config may leave open and a model of it wants all the same.
-_FILLED = {**_COUNTS, "head_dim": HEAD_DIM, "num_key_value_heads": 2, "pad_token_id": 1}
+_FILLED = {
+    **_COUNTS, "head_dim": HEAD_DIM, "num_key_value_heads": 2, "pad_token_id": 1, "image_token_id": 5,
+    "image_token_index": 5,
+}  # fmt: skip
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "swa_num_key_value_heads")
 _LAYERS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth",
@@ -106,7 +111,8 @@ _LAYERS = (
     "num_mem_blocks", "e_layers", "d_layers", "num_blocks", "memory_attention_num_layers", "n_transformer_layers",
 )  # fmt: skip
 _MOST_LAYERS = 6
-_PIXELS = 224
+_PIXELS, _PATCH = 224, 16
+_MANY_PIXELS = 512 * 512  # of which one image is enough
 _LARGEST_DIVISOR = 16
 _LARGEST = 150_000_000  # parameters of a small model
 _AS_THEY_ARE = ("num_feat_extract_layers", "num_kv_shared_layers", "max_window_layers")
@@ -145,7 +151,7 @@ def small_models(cls: type[nn.Module], config: Any) -> Iterator[nn.Module]:
             built = True
             yield model
     if not built:
-        raise ValueError(_build_error(cls, config) or _first_line(reasons[0])) from reasons[0]
+        raise ValueError(_build_error(cls, config) or first_line(reasons[0])) from reasons[0]
 
 
 def _build_error(cls: type[nn.Module], config: Any) -> str:
@@ -154,7 +160,7 @@ def _build_error(cls: type[nn.Module], config: Any) -> str:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             cls(copy.deepcopy(config))
     except Exception as error:  # noqa: BLE001 - any class of any version may stand here
-        return f"transformers itself builds no model of this config: {_first_line(error)}"
+        return f"transformers itself builds no model of this config: {first_line(error)}"
     return ""
 
 
@@ -233,6 +239,8 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> list[dict[str, Tensor]
             dtype = first.dtype if value.is_floating_point() else value.dtype
             found[name] = value.to(first.device, dtype)
     text = {name: value for name, value in found.items() if name.endswith("_ids") or name == "bbox"}
+    # Only beside what works without: a decoder alone, as most are, would attend to what it has no weights for.
+    crossed = {name: found.pop(name) for name in ("encoder_hidden_states",) if name in found}
     needed = [n for n, p in names.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     main = getattr(model, "main_input_name", None)
     masks = {name: value for name, value in found.items() if name.endswith("mask")}
@@ -240,6 +248,7 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> list[dict[str, Tensor]
     choices = [text, {name: found[name] for name in needed if name in found}, plain, found, {**text, **masks}]
     choices += [{main: found[main]} if main in found else {}, {n: v for n, v in found.items() if n not in text}]
     choices += [{**text, name: found[name]} for name in found if name not in text]
+    choices += [{**choice, **crossed} for choice in (text, plain) if crossed]
     choices = [choice for choice in choices if choice.keys() - masks.keys() and set(needed) <= choice.keys()]
     return _unique([*choices, *(other for choice in choices for other in _other_shapes(choice))])
 
@@ -275,10 +284,6 @@ def _parts(config: Any) -> Iterator[Any]:
 def layer_counts(config: Any) -> list[tuple[str, int]]:
     """The entries of a config, and of those nested in it, that count layers."""
     return [(k, v) for part in _parts(config) for k, v in vars(part).items() if k in _LAYERS and type(v) is int]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class _Shrinking:
@@ -414,6 +419,8 @@ class _Shrinking:
                 return min(value, 4 * patch)
         if name == "image_size" and self._way != "large images":
             return min(value, _PIXELS)
+        if name == "image_embedding_size" and self._way != "large images":
+            return min(value, _PIXELS // int(self._entries.get("patch_size", _PATCH)))
         return _by_rule(name, value)
 
 
@@ -506,7 +513,8 @@ def _pixels(config: Any, names: Any, generator: torch.Generator) -> Tensor | Non
     size = 224 if size is None else size
     height, width = (size[-2], size[-1]) if isinstance(size, list | tuple) else (size, size)
     channels = _number(config, 3, "num_channels", "in_chans", "in_channels", "image_channels")
-    shape: tuple[int, ...] = (_ROWS, channels, height, width)
+    rows = _ROWS if height * width <= _MANY_PIXELS or "input_ids" in names else 1
+    shape: tuple[int, ...] = (rows, channels, height, width)
     if "aspect_ratio_ids" in names:
         shape = (_ROWS, 1, _tiles(config), channels, height, width)
     frames = _find(config, "num_frames", "frames_per_clip", "frame_num")
@@ -546,7 +554,15 @@ def _tile_mask(config: Any, names: Any, generator: torch.Generator) -> Tensor | 
 
 def _states(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
     """What another tower gives to a text model that attends to it."""
-    return torch.randn(_ROWS, _LENGTH, _number(config, HIDDEN, "hidden_size", "d_model"), generator=generator)
+    size = _number(config, HIDDEN, "hidden_size", "d_model")
+    return torch.randn(_ROWS, _LENGTH, size, generator=generator)
+
+
+def _encoder_states(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
+    """What an encoder gives to a decoder, which may have another size."""
+    own = getattr(config, "encoder_hidden_size", None)
+    size = own if isinstance(own, int) else _number(config, HIDDEN, "hidden_size", "d_model")
+    return torch.randn(_ROWS, _LENGTH, size, generator=generator)
 
 
 def _grid(config: Any, names: Any, generator: torch.Generator) -> Tensor | None:
@@ -621,6 +637,7 @@ _INPUTS = {
     "aspect_ratio_mask": _ratio_mask,
     "cross_attention_mask": _tile_mask,
     "cross_attention_states": _states,
+    "encoder_hidden_states": _encoder_states,
     "hidden_states": _patches,
     "past_values": _series("num_input_channels"),
 }

@@ -130,6 +130,8 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
             f"{recipe.task} has the metrics {', '.join(row.metrics)}, found {metric}",
             f"did you mean {near[0]}?" if near else "",
         )
+    if recipe.evaluation.generate.answer is not None and recipe.task != "causal-lm":
+        wrong("evaluation.generate.answer", f"only causal-lm looks for answers in what it writes, not {recipe.task}")
     if recipe.problem != "auto" and recipe.task != "text-classification":
         wrong("problem", f"only text-classification has a problem type, not {recipe.task}")
     if recipe.evaluation.patience is not None and recipe.data.validation is None:

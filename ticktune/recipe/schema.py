@@ -6,6 +6,7 @@ The JSON Schema and the reference page are made from these models.
 import re
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from ticktune.registry import TASKS
@@ -118,6 +119,19 @@ def _head_train(value: Any) -> Any:
 
 
 HeadTrain = Annotated[Any, BeforeValidator(_head_train), WithJsonSchema({"enum": ["auto", True, False]})]
+
+
+def _answer_pattern(value: str) -> str:
+    try:
+        groups = regex.compile(value).groups
+    except regex.error as error:
+        raise ValueError(f"this is no regular expression: {error}") from error
+    if groups == 0:
+        raise ValueError("expected a group, in parentheses, for the answer itself")
+    return value
+
+
+Pattern = Annotated[Text, Field(max_length=1000), AfterValidator(_answer_pattern)]
 
 
 class Section(BaseModel):
@@ -343,6 +357,10 @@ class Generate(Section):
     """Longest continuation, in tokens."""
     num_beams: Count = 1
     """Beams of the search; 1 = greedy."""
+    answer: Pattern | None = None
+    """causal-lm with prompt and response only. A regular expression whose first group is the answer inside a response,
+    such as `####\\s*(-?[0-9.,]+)`; the metric exact_match then counts the rows whose generated answer is that of their
+    response."""
 
 
 class Evaluation(Section):

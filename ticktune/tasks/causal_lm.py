@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ticktune.errors import DataError
+from ticktune.errors import DataError, RecipeError
+from ticktune.tasks.answers import find_answer, is_same
 from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 
 _MAX_RENDERED = 10_000_000  # characters; a template that makes more is broken or hostile
@@ -38,10 +39,17 @@ class CausalLm(Task):
         return {"prompt" if "prompt" in self.options.columns else "text": text}
 
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
-        """Refuses rows that are not text, or not a conversation."""
+        """Refuses rows that are no conversation, or whose response lacks the answer that the recipe looks for."""
         for i, row in enumerate(rows):
             if "messages" in row:
                 _check_messages(row["messages"], where(i))
+            pattern = self.options.answer
+            if pattern is not None and "response" in row and find_answer(pattern, str(row["response"])) is None:
+                raise DataError(
+                    f"expected a match of evaluation.generate.answer, {pattern}, in the response, found none",
+                    where=where(i),
+                    fix="mend the pattern or the row",
+                )
 
     def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
         """Tokenises.
@@ -70,7 +78,10 @@ class CausalLm(Task):
                 parts = [(self._start(str(row["text"])), [])]
                 limit_from_start = False
             for ids, labels in parts:
-                examples += self._cut(number, ids, labels, report, labelled, limit_from_start)
+                examples += [
+                    example | self._to_answer(row, labelled)
+                    for example in self._cut(number, ids, labels, report, labelled, limit_from_start)
+                ]
         return examples
 
     def show(self, example: Example) -> list[tuple[str, str]]:
@@ -84,24 +95,24 @@ class CausalLm(Task):
         return [(kind, self.tokenizer.decode(ids)) for kind, ids in pieces]
 
     def collate(self, examples: Sequence[Example], *, seed: int | None = None) -> Batch:
-        """Pads on the right (labelled) or left (to be continued); all tensors are (batch, seq) int64."""
-        longest = max(e["length"] for e in examples)
-        on_right = "labels" in examples[0]
+        """Pads on the right (labelled) or left (to be continued); all tensors are (batch, seq) int64.
 
-        def padded(name: str, value: int) -> Tensor:
-            rows = []
-            for example in examples:
-                fill = [value] * (longest - example["length"])
-                ids = example[name] if name in example else [1] * example["length"]
-                rows.append(ids + fill if on_right else fill + ids)
-            return torch.tensor(rows, dtype=torch.long)
-
+        Where answers are looked for, ``prompt_ids`` and ``prompt_mask`` are the prompts, to be continued, and
+        ``answers`` what must be found then.
+        """
+        on_right, pad = "labels" in examples[0], self.tokenizer.pad_token_id
+        ids = [e["input_ids"] for e in examples]
         batch: Batch = {
-            "input_ids": padded("input_ids", self.tokenizer.pad_token_id),
-            "attention_mask": padded("attention_mask", 0),
+            "input_ids": _padded(ids, pad, on_right),
+            "attention_mask": _padded([[1] * len(row) for row in ids], 0, on_right),
         }
         if on_right:
-            batch["labels"] = padded("labels", IGNORED)
+            batch["labels"] = _padded([e["labels"] for e in examples], IGNORED, on_right)
+        if "prompt_ids" in examples[0]:
+            prompts = [e["prompt_ids"] for e in examples]
+            batch["prompt_ids"] = _padded(prompts, pad, False)
+            batch["prompt_mask"] = _padded([[1] * len(row) for row in prompts], 0, False)
+            batch["answers"] = [e["answer"] for e in examples]
         return batch
 
     def weight(self, batch: Batch) -> float:
@@ -136,14 +147,16 @@ class CausalLm(Task):
         return best_of(logits)
 
     def metrics(self) -> Any:
-        """Metrics of torchmetrics over the learned tokens."""
+        """Metrics of torchmetrics over the learned tokens, and over the answers where they are looked for."""
         from torchmetrics import MeanMetric
         from torchmetrics.text import Perplexity
 
+        answers = {} if self.options.answer is None else {"exact_match": MeanMetric()}
         return nn.ModuleDict(
             {
                 "perplexity": Perplexity(ignore_index=IGNORED),
                 "token_accuracy": MeanMetric(),
+                **answers,
                 "loss": MeanMetric(),
             }
         )
@@ -161,19 +174,34 @@ class CausalLm(Task):
         hits = logits.argmax(-1)[learned] == target[learned]
         metrics["token_accuracy"].update(hits.float().mean(), weight=count)
 
+    def update_by_generation(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
+        """Adds to exact_match whether the continuation of each prompt has the answer of the response."""
+        if self.options.answer is None:
+            return
+        texts = self._continue(model, batch["prompt_ids"], batch["prompt_mask"])
+        for text, expected in zip(texts, batch["answers"], strict=True):
+            metrics["exact_match"].update(float(is_same(find_answer(self.options.answer, text), expected)))
+
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-        """The continuation of each example, up to max_new_tokens."""
-        width = batch["input_ids"].shape[1]
+        """The continuation of each example, up to max_new_tokens, and the answer in it where one is looked for."""
+        texts = self._continue(model, batch["input_ids"], batch["attention_mask"])
+        pattern = self.options.answer
+        if pattern is None:
+            return [{"text": text} for text in texts]
+        return [{"text": text, "answer": find_answer(pattern, text)} for text in texts]
+
+    def _continue(self, model: nn.Module, ids: Tensor, mask: Tensor) -> list[str]:
+        width = ids.shape[1]
         output = model.generate(  # type: ignore[operator]
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=self.options.max_new_tokens,
             num_beams=self.options.num_beams,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        return [{"text": text} for text in texts]
+        texts: list[str] = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return texts
 
     def _windows(self, text: str) -> list[list[int]]:
         ids = [*self._start(text), self.tokenizer.eos_token_id]
@@ -237,11 +265,7 @@ class CausalLm(Task):
     ) -> list[Example]:
         limit = self.options.max_length
         if not labelled:
-            # Nothing to continue is continued from the token that begins, or ends, a text.
-            begin = self.tokenizer.bos_token_id
-            return [
-                self._example(number, ids[-limit:] or [self.tokenizer.eos_token_id if begin is None else begin], None)
-            ]
+            return [self._example(number, self._to_continue(ids), None)]
         if len(ids) > limit:
             report.truncated.append(number)
             answer = sum(label != IGNORED for label in labels)
@@ -256,6 +280,17 @@ class CausalLm(Task):
             report.unsupervised.append(number)
             return []
         return [self._example(number, ids, labels)]
+
+    def _to_continue(self, ids: list[int]) -> list[int]:
+        # Nothing to continue is continued from the token that begins, or ends, a text.
+        begin = self.tokenizer.bos_token_id
+        return ids[-self.options.max_length :] or [self.tokenizer.eos_token_id if begin is None else begin]
+
+    def _to_answer(self, row: Row, labelled: bool) -> Example:
+        if self.options.answer is None or not labelled:
+            return {}
+        prompt = self._to_continue(self._start(str(row["prompt"])))
+        return {"prompt_ids": prompt, "answer": find_answer(self.options.answer, str(row["response"]))}
 
     def _example(self, number: int, ids: list[int], labels: list[int] | None) -> Example:
         example: Example = {"row": number, "length": len(ids), "input_ids": ids}
@@ -277,6 +312,12 @@ def build(
             "the tokenizer has no chat template for the column messages",
             fix="use prompt and response columns, or a base with a chat template",
         )
+    if options.answer is not None and "prompt" not in options.columns:
+        raise RecipeError(
+            f"answers are looked for in responses to prompts, found the columns {', '.join(options.columns)}",
+            where="evaluation.generate.answer",
+            fix="use prompt and response columns, or leave it out",
+        )
     positions = getattr(base_config, "max_position_embeddings", None)
     if isinstance(positions, int) and options.max_length > positions:
         raise DataError(
@@ -289,6 +330,13 @@ def build(
 def restore(options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> CausalLm:
     """The task; it has no state."""
     return CausalLm(options, tokenizer)
+
+
+def _padded(rows: Sequence[list[int]], value: int, on_right: bool) -> Tensor:
+    longest = max(map(len, rows))
+    fills = [[value] * (longest - len(row)) for row in rows]
+    filled = [row + fill if on_right else fill + row for row, fill in zip(rows, fills, strict=True)]
+    return torch.tensor(filled, dtype=torch.long)
 
 
 def _check_messages(messages: Any, where: str) -> None:

@@ -4,6 +4,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class TaskOptions:
         problem: ``auto``, ``single``, ``multi`` or ``regression``.
         max_new_tokens: Longest generated continuation, in tokens.
         num_beams: Beams of generation; 1 = greedy.
+        answer: Pattern whose first group is the answer inside a response; None: responses have none.
         overlap: Tokens that the windows of one long row share.
         threshold: Probability from which on a label of several is predicted.
         class_weights: ``balanced``: each class counts as much as the others in the loss.
@@ -43,6 +45,7 @@ class TaskOptions:
     max_new_tokens: int = 128
     num_beams: int = 1
     overlap: int = 64
+    answer: str | None = None
     threshold: float = 0.5
     class_weights: str = "none"
     label_smoothing: float = 0.0
@@ -179,6 +182,14 @@ class Task(ABC):
     def update_by_generation(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
         """Adds a batch to the metrics of generated text, which need more than one forward pass."""
         return
+
+    def extra_files(self, base_directory: Path) -> dict[str, str]:
+        """Further files that a merged folder needs to be of use: name, with / between folders -> text.
+
+        Args:
+            base_directory: The base's folder, which may hold such files already.
+        """
+        return {}
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
