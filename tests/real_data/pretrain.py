@@ -192,7 +192,7 @@ def segmentation_model(data: Path, target: Path, classes: dict[str, list[int]], 
 
 
 def digit_scenes(data: Path, target: Path, split: str, names: str, count: int, *, size: int, seed: int) -> Path:
-    """Pastes a written digit on each of many cut and darkened photographs: pictures and metadata.jsonl, as object-detection reads it.
+    """Writes darkened pieces of photographs with a written digit on each, and metadata.jsonl with its box.
 
     Args:
         data: Folder of the data sets.

@@ -141,7 +141,6 @@ def test_scenes_learn_more_than_the_head_and_merge_into_a_stock_segmenter(
             if (truth >= 0).any():
                 shares[name].append((classes_of_runs(answer) == truth)[truth >= 0].mean())
     gain, low, high = interval(shares["head"], shares["ours"])
-    print(document["metrics"], np.mean(shares["head"]), np.mean(shares["ours"]), gain, low, high)
     assert low > 0, (gain, low, high)
 
     merged = json.loads(ticktune("export", "ours", "--merge", cwd=tmp_path).stdout)
@@ -200,7 +199,6 @@ def test_digits_in_scenes_are_found(data_folder: Path, ticktune: Run, tmp_path: 
     ours, head = (predicted(ticktune, run, rows, tmp_path) for run in ("ours", "head"))
     scores = [[quality(*pair) for pair in zip(answers, truths, strict=True)] for answers in (head, ours)]
     gain, low, high = interval(*scores)
-    print(document["metrics"], np.mean(scores, axis=1), gain, low, high)
     assert document["metrics"]["map50"] >= 0.3
     assert low > 0, (gain, low, high)
 
