@@ -23,6 +23,7 @@ from ticktune.versions import require
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.jinja")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 # Config entries that name this run's file layout or the writer's version, not the function.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version")
 
@@ -181,8 +182,11 @@ def load_tokenizer(base: BaseFiles) -> Any:
     return tokenizer
 
 
-def load_processor(base: BaseFiles, kind: Literal["tokenizer", "image", "audio"]) -> Any:
+def load_processor(base: BaseFiles, kind: Literal["tokenizer", "image", "audio", "speech"]) -> Any:
     """Returns what makes a model's inputs: a tokenizer, an image processor or a feature extractor.
+
+    For speech it is the processor that holds a feature extractor and a tokenizer, or the feature extractor of a base
+    that has no tokenizer.
 
     Image processors are those that compute with Pillow and numpy: the same pixels on every machine.
 
@@ -192,12 +196,14 @@ def load_processor(base: BaseFiles, kind: Literal["tokenizer", "image", "audio"]
     """
     if kind == "tokenizer":
         return load_tokenizer(base)
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
-    require(*{"image": ("PIL", "vision"), "audio": ("soundfile", "audio")}[kind])
+    require(*{"image": ("PIL", "vision")}.get(kind, ("soundfile", "audio")))
     try:
         if kind == "image":
             return AutoImageProcessor.from_pretrained(base.directory, backend="pil", trust_remote_code=False)
+        if kind == "speech" and any((base.directory / name).is_file() for name in _TOKENIZER_FILES):
+            return AutoProcessor.from_pretrained(base.directory, trust_remote_code=False)
         return AutoFeatureExtractor.from_pretrained(base.directory, trust_remote_code=False)
     except Exception as error:  # whatever a damaged config meets in transformers' own checks
         name = "image processor" if kind == "image" else "feature extractor"

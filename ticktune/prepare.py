@@ -114,6 +114,9 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         label_smoothing=recipe.loss.label_smoothing,
         augment=recipe.data.augment.model_dump(),
         classes=recipe.data.classes,
+        max_seconds=recipe.data.max_seconds,
+        vocabulary=recipe.data.vocabulary,
+        language=recipe.data.language,
     )
     task = build_task(recipe.task, options, train.as_list(), train.where, processor, load_config(base))
     for name in rows:
@@ -125,7 +128,7 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     for name in ("train", "validation"):
         if name in rows:
             prepared.examples[name] = encode(task, rows[name], base.directory, poll=poll)
-            _say_report(prepared.examples[name], name, options.max_length, console)
+            _say_report(prepared.examples[name], name, task.limit(), console)
     return prepared
 
 
@@ -410,16 +413,19 @@ def _warn_overlap(rows: dict[str, Rows], console: Console) -> None:
                 console.warn(f"{both} of the {len(rows[name])} {name} rows ({share:.1f} %) are training rows too")
 
 
-def _say_report(examples: Encoded, name: str, max_length: int, console: Console) -> None:
+def _say_report(examples: Encoded, name: str, limit: str, console: Console) -> None:
     report, count = examples.report, len(examples.source)
     if report.truncated:
         share = 100 * len(report.truncated) / count
         places = ", ".join(examples.source.where(i) for i in report.truncated[:3])
         cut = f", {report.cut_ends} of them at the end of what is learned" if report.cut_ends else ""
         console.warn(
-            f"{name}: {len(report.truncated)} of {count} rows ({share:.1f} %) are longer than data.max_length = "
-            f"{max_length} tokens and were cut{cut}: {places}"
+            f"{name}: {len(report.truncated)} of {count} rows ({share:.1f} %) are longer than "
+            f"{limit} and were cut{cut}: {places}"
         )
     if report.unsupervised:
         places = ", ".join(examples.source.where(i) for i in report.unsupervised[:3])
-        console.warn(f"{name}: {len(report.unsupervised)} rows have nothing to learn from and were left out: {places}")
+        because = f" ({report.why})" if report.why else ""
+        console.warn(
+            f"{name}: {len(report.unsupervised)} rows have nothing to learn from{because} and were left out: {places}"
+        )

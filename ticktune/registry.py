@@ -16,7 +16,8 @@ class TaskRow:
         label_columns: Columns that hold the answer: ``predict`` can do without them.
         text_columns: Columns whose values must be text; the others keep their kind.
         file_columns: Columns that name files, relative to the file of rows.
-        processor: What makes a model's inputs of them: ``tokenizer``, ``image`` (pictures) or ``audio`` (sound).
+        processor: What makes a model's inputs of them: ``tokenizer``, ``image`` (pictures), ``audio`` (sound) or
+            ``speech`` (sound, and a tokenizer where there is one).
         documents: Whether a txt file is one document, rather than a row a line.
         defaults: Recipe keys whose default differs from the schema's, as dotted key -> value.
     """
@@ -28,7 +29,7 @@ class TaskRow:
     label_columns: frozenset[str] = frozenset()
     text_columns: frozenset[str] = frozenset()
     file_columns: frozenset[str] = frozenset()
-    processor: Literal["tokenizer", "image", "audio"] = "tokenizer"
+    processor: Literal["tokenizer", "image", "audio", "speech"] = "tokenizer"
     documents: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -48,6 +49,8 @@ TASKS: dict[str, TaskRow] = {
             "pearson": True,
             "spearman": True,
             "mse": False,
+            "ece": False,
+            "log_loss": False,
             "loss": False,
         },
     ),
@@ -90,6 +93,31 @@ TASKS: dict[str, TaskRow] = {
         file_columns=frozenset({"image"}),
         processor="image",
         metrics={"map": True, "map50": True, "loss": False},
+    ),
+    "audio-classification": TaskRow(
+        module="ticktune.tasks.audio_classification",
+        columns=(frozenset({"audio", "label"}),),
+        label_columns=frozenset({"label"}),
+        file_columns=frozenset({"audio"}),
+        processor="audio",
+        metrics={"accuracy": True, "f1": True, "mcc": True, "auroc": True, "loss": False},
+    ),
+    "speech-recognition": TaskRow(
+        module="ticktune.tasks.speech_recognition",
+        columns=(frozenset({"audio", "text"}),),
+        label_columns=frozenset({"text"}),
+        text_columns=frozenset({"text"}),
+        file_columns=frozenset({"audio"}),
+        processor="speech",
+        metrics={"wer": False, "cer": False, "loss": False},
+    ),
+    "masked-lm": TaskRow(
+        module="ticktune.tasks.masked_lm",
+        columns=(frozenset({"text"}),),
+        text_columns=frozenset({"text"}),
+        documents=True,
+        metrics={"perplexity": False, "token_accuracy": True, "loss": False},
+        defaults={"data.max_length": 256, "optimizer.lr": 1e-4, "schedule.name": "cosine"},
     ),
     "causal-lm": TaskRow(
         module="ticktune.tasks.causal_lm",

@@ -1,6 +1,6 @@
 """Which rows a command works on, and what a merged folder is compared on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.data.batches import micro_batches
+from ticktune.data.media import SUFFIXES as MEDIA
 from ticktune.data.read import SUFFIXES, Rows, build_rows, text_lines
 from ticktune.device import Compute
 from ticktune.errors import BaseModelError, DataError, RecipeError, UsageError
@@ -60,10 +61,10 @@ def evaluation_rows(
 
 
 def prediction_rows(words: Sequence[str], used: Loaded, standard_input: Callable[[], bytes]) -> Rows:
-    """Reads rows without answers; every text is a row, an empty one too.
+    """Reads rows without answers; every text is a row, an empty one too, and so is every picture or sound.
 
     Args:
-        words: Texts, one file, or ``-``; none: standard input.
+        words: Texts, pictures or sounds, one file of rows, or ``-``; none: standard input.
         used: The model, for its task's columns.
         standard_input: Reads it.
 
@@ -74,6 +75,8 @@ def prediction_rows(words: Sequence[str], used: Loaded, standard_input: Callable
     assert used.facts.task is not None
     if not words or list(words) == ["-"]:
         texts, name = text_lines(standard_input(), "standard input"), "standard input"
+    elif _all_media(words, TASKS[used.facts.task["name"]].file_columns):
+        texts, name = list(words), "command line"
     elif (file := _file_among(words)) is not None:
         if file.suffix in SUFFIXES and file.suffix != ".txt":
             return read_file(file, used.facts, labelled=False)
@@ -85,6 +88,12 @@ def prediction_rows(words: Sequence[str], used: Loaded, standard_input: Callable
     records = [(number, used.task.row_of(text)) for number, text in enumerate(texts, start=1)]
     columns = {column: column for column in records[0][1]}
     return build_rows(records, TASKS[used.facts.task["name"]], columns, name, labelled=False)
+
+
+def _all_media(words: Sequence[str], columns: Collection[str]) -> bool:
+    """Whether the words name pictures or sounds, for a task that reads them."""
+    endings = tuple(ending for column in columns for ending in MEDIA.get(column, ()))
+    return bool(endings) and all(word.lower().endswith(endings) for word in words)
 
 
 def _file_among(words: Sequence[str]) -> Path | None:

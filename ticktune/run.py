@@ -351,7 +351,7 @@ def _export_merged(target: Target, wanted: _Wanted, console: Console, signals: S
     document = write_merged(
         place,
         stock,
-        processor,
+        used.task.saved_processor(processor),
         read_tensors(target.path),
         facts,
         evidence,

@@ -200,7 +200,8 @@ def test_too_many_rows_without_supervised_tokens_are_refused() -> None:
         encode_rows(task, rows, None)
     problem = caught.value.problems[0]
     assert problem.message == (
-        "6 of 100 rows (6 %) have nothing to learn from after cutting to max_length: a.jsonl:1, a.jsonl:2, a.jsonl:3"
+        "6 of 100 rows (6 %) have nothing to learn from after cutting to data.max_length = 6 tokens: "
+        "a.jsonl:1, a.jsonl:2, a.jsonl:3"
     )
     assert (problem.where, problem.fix) == ("a.jsonl", "raise data.max_length, or remove these rows")
 

@@ -6,6 +6,7 @@ learned something real, at a small scale.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Batches = Iterator[dict[str, Tensor]]
 
 
@@ -289,3 +291,158 @@ def detection_model(data: Path, folder: Path, *, size: int, steps: int = 1700) -
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     return folder / "base"
+
+
+def spoken(data: Path, split: str, digits: str) -> tuple[list[Any], list[int]]:
+    """Waveforms of spoken digits at 8 kHz, and which digit each is."""
+    import soundfile
+
+    rows = [json.loads(line) for line in (data / "fsdd" / split / "metadata.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if str(row["label"]) in digits]
+    files = [data / "fsdd" / split / row["file_name"] for row in rows]
+    return [soundfile.read(file, dtype="float32")[0] for file in files], [row["label"] for row in rows]
+
+
+def small_wav2vec2(**entries: Any) -> Any:
+    """Config of a small model of waveforms at 8 kHz that gives 50 frames a second."""
+    from transformers import Wav2Vec2Config
+
+    return Wav2Vec2Config(
+        **{
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 192,
+            "conv_dim": (64, 64, 96),
+            "conv_kernel": (80, 4, 4),
+            "conv_stride": (20, 2, 4),
+            "conv_bias": True,
+            "num_feat_extract_layers": 3,
+            "feat_extract_norm": "layer",
+            "do_stable_layer_norm": True,
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+            "classifier_proj_size": 96,
+            "layerdrop": 0.0,
+            "apply_spec_augment": False,
+            **entries,
+        }
+    )
+
+
+def hear_pitches(model: nn.Module) -> None:
+    """Sets the first convolution to windowed waves of evenly heard pitches, as ears have it: half the way is made."""
+    convolution = model.get_parameter("wav2vec2.feature_extractor.conv_layers.0.conv.weight")
+    count, _, width = convolution.shape
+    lowest, highest = (2595 * math.log10(1 + hertz / 700) for hertz in (100, 3800))
+    hertz = 700 * (10 ** (torch.linspace(lowest, highest, count // 2) / 2595) - 1)
+    angles = 2 * math.pi * hertz[:, None] / 8000 * (torch.arange(width) - (width - 1) / 2)
+    window = torch.hann_window(width, periodic=False)
+    with torch.no_grad():
+        convolution[:, 0] = torch.cat([angles.cos(), angles.sin()]) * window
+
+
+def sound_model(data: Path, target: Path, config: Any, *, steps: int = 300) -> Path:
+    """Trains a classifier of waveforms on the spoken digits 0 to 4, and saves its body and feature extractor.
+
+    Args:
+        data: Folder of the data sets.
+        target: Where the model is saved.
+        config: Of a small model for sound at 8 kHz.
+        steps: Of training.
+    """
+    from transformers import AutoModelForAudioClassification, Wav2Vec2FeatureExtractor
+
+    torch.manual_seed(0)
+    config.num_labels = 5
+    model = AutoModelForAudioClassification.from_config(config)
+    hear_pitches(model)
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=True)
+    sounds, labels = spoken(data, "train", "01234")
+
+    def batches() -> Batches:
+        for rows in shuffled(len(labels), 16, int(torch.randint(2**31, ()))):
+            inputs = extractor([sounds[i] for i in rows], sampling_rate=8000, padding=True, return_tensors="pt")
+            yield {**inputs, "labels": torch.tensor([labels[i] for i in rows])}
+
+    learn(model, batches, steps, 2e-3)
+    model.base_model.save_pretrained(target)
+    extractor.save_pretrained(target)
+    return target
+
+
+def transcript_model(data: Path, target: Path, config: Any, *, steps: int = 300) -> Path:
+    """Trains a model to write the spoken digits 0 to 4 as words (CTC), and saves its body and feature extractor.
+
+    Args:
+        data: Folder of the data sets.
+        target: Where the model is saved.
+        config: Of a small model for sound at 8 kHz.
+        steps: Of training.
+    """
+    from transformers import AutoModelForCTC, Wav2Vec2FeatureExtractor
+
+    torch.manual_seed(0)
+    letters = ["<pad>", *sorted({letter for word in WORDS[:5] for letter in word})]
+    config.vocab_size, config.pad_token_id, config.ctc_loss_reduction = len(letters), 0, "mean"
+    config.ctc_zero_infinity = True
+    model = AutoModelForCTC.from_config(config)
+    hear_pitches(model)
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=True)
+    sounds, labels = spoken(data, "train", "01234")
+    written = [torch.tensor([letters.index(letter) for letter in WORDS[label]]) for label in labels]
+
+    def batches() -> Batches:
+        for rows in shuffled(len(labels), 16, int(torch.randint(2**31, ()))):
+            inputs = extractor([sounds[i] for i in rows], sampling_rate=8000, padding=True, return_tensors="pt")
+            texts = nn.utils.rnn.pad_sequence([written[i] for i in rows], batch_first=True, padding_value=-100)
+            yield {**inputs, "labels": texts}
+
+    learn(model, batches, steps, 3e-3)
+    model.base_model.save_pretrained(target)
+    extractor.save_pretrained(target)
+    return target
+
+
+def masked_model(data: Path, target: Path, *, steps: int = 300) -> Path:
+    """Trains a small BERT and its WordPiece tokenizer on the first half of Shakespeare, and saves both.
+
+    It learns which words are frequent and a little of what stands beside them: real, at the scale of half a megabyte.
+
+    Args:
+        data: Folder of the data sets.
+        target: Where the model is saved, its head for masked words included.
+        steps: Of training.
+    """
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+    torch.manual_seed(0)
+    text = (data / "tinyshakespeare/train.txt").read_text(encoding="utf-8")
+    text = text[: len(text) // 2]
+    inner = BertWordPieceTokenizer(lowercase=True)
+    inner.train_from_iterator(text.split("\n"), vocab_size=1500, show_progress=False)
+    target.mkdir(parents=True, exist_ok=True)
+    inner.save(str(target / "tokenizer.json"))
+    tokenizer = BertTokenizerFast(tokenizer_file=str(target / "tokenizer.json"))
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    windows = ids[: len(ids) // 62 * 62].view(-1, 62)
+    ends = [torch.full((len(windows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    windows = torch.cat([ends[0], windows, ends[1]], dim=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def batches() -> Batches:
+        for rows in shuffled(len(windows), 32, int(torch.randint(1 << 30, (), generator=generator))):
+            chosen = windows[rows]
+            hidden = torch.rand(chosen.shape, generator=generator) < 0.15
+            hidden[:, [0, -1]] = False
+            masked = torch.where(hidden, tokenizer.mask_token_id, chosen)
+            yield {"input_ids": masked, "labels": torch.where(hidden, chosen, -100)}
+
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    learn(BertForMaskedLM(config), batches, steps, lr=2e-3).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target

@@ -187,9 +187,7 @@ def test_digits_in_scenes_are_found(data_folder: Path, ticktune: Run, tmp_path: 
     for seed, (split, count) in enumerate(counts.items(), start=2):
         pretrain.digit_scenes(data_folder, tmp_path / split, split, "0123456789", count, size=48, seed=seed)
     words = [f"base.model={base}", "training={batch_size: 32, epochs: 5, precision: fp32}", "evaluation.every=300"]
-    words += [
-        f"data={{train: {tmp_path}/train, validation: {tmp_path}/validation, test: {tmp_path}/test}}"
-    ]
+    words += [f"data={{train: {tmp_path}/train, validation: {tmp_path}/validation, test: {tmp_path}/test}}"]
     words += ["optimizer={lr: 2e-3, norm_lr: 4e-3, head_lr: 4e-3}"]
     document = trained(ticktune, RECIPES / "objects.yaml", [*words, "output=ours"], tmp_path)
     trained(ticktune, RECIPES / "objects.yaml", [*words, *ALONE, "output=head"], tmp_path)

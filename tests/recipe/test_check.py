@@ -132,6 +132,18 @@ def accepted(folder: Path, text: str) -> Recipe:
             Problem("only text-classification has a problem type, not causal-lm", "r.yaml:4:1 problem"),
         ),
         (
+            HEAD + "data: {train: a, vocabulary: rows}\n",
+            Problem(
+                "only speech-recognition has it, not text-classification", "r.yaml:3:18 data.vocabulary", "remove it"
+            ),
+        ),
+        (
+            HEAD + "data: {train: a, language: english}\n",
+            Problem(
+                "only speech-recognition has it, not text-classification", "r.yaml:3:18 data.language", "remove it"
+            ),
+        ),
+        (
             HEAD + "data: {train: a}\nevaluation: {patience: 2}\n",
             Problem("early stopping needs data.validation", "r.yaml:4:14 evaluation.patience"),
         ),

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -424,8 +425,9 @@ def test_the_registry_names_every_metric() -> None:
 
     known = TASKS["text-classification"].metrics
     made = {name for problem in ("single", "multi", "regression") for name in task_of(problem).metrics()}
+    made |= set(replace(task_of("single", 2), weights=(1.0, 2.0)).metrics())
     assert made == set(known)
-    assert {name for name, more_is_better in known.items() if not more_is_better} == {"mse", "loss"}
+    assert {name for name, more_is_better in known.items() if not more_is_better} == {"mse", "loss", "ece", "log_loss"}
 
 
 # Decisions and predictions
@@ -467,3 +469,32 @@ def test_a_decision_of_several_labels_is_one_each() -> None:
 def test_a_value_is_no_decision() -> None:
     decisions, gaps = task_of("regression").decide(torch.tensor([[3.0], [1.0]]))
     assert (decisions.tolist(), gaps.tolist()) == ([0, 0], [np.inf, np.inf])
+
+
+# Clicks: two classes whose probabilities are used as such
+
+CLICKS = torch.tensor([[2.0, 0.5], [0.1, 0.3], [-0.4, 1.5], [0.6, 0.2], [1.2, 1.4], [0.0, -0.3], [-30.0, 30.0]])
+CLICKED = torch.tensor([0, 1, 1, 0, 0, 1, 0])
+
+
+def test_the_calibration_error_of_two_classes_is_that_of_fifteen_bins() -> None:
+    p = expit((CLICKS[:, 1] - CLICKS[:, 0]).double().numpy())
+    truth, bins = CLICKED.numpy(), np.clip(np.ceil(p * 15).astype(int) - 1, 0, 14)
+    expected = sum(
+        abs(p[bins == b].mean() - truth[bins == b].mean()) * (bins == b).mean() for b in sorted({*bins.tolist()})
+    )
+    found = scores_of(task_of("single", 2), CLICKS, CLICKED)
+    assert found["ece"] == pytest.approx(expected, rel=1e-5)
+    assert "ece" not in task_of("single", 3).metrics()
+    assert "log_loss" not in found, "it is the loss"
+
+
+def test_the_log_loss_knows_no_weights_and_no_smoothing() -> None:
+    plain = task_of("single", 2)
+    right = log_softmax(CLICKS.double().numpy(), axis=1)[range(7), CLICKED.numpy()]
+    assert scores_of(plain, CLICKS, CLICKED)["loss"] == pytest.approx(-right.mean(), rel=1e-5)
+    for changes, weights in (({"label_smoothing": 0.1}, None), ({}, (0.5, 2.0))):
+        task = replace(plain, options=replace(plain.options, **changes), weights=weights)
+        found = scores_of(task, CLICKS, CLICKED)
+        assert found["log_loss"] == pytest.approx(-right.mean(), rel=1e-5)
+        assert found["loss"] != pytest.approx(found["log_loss"], rel=0.01)

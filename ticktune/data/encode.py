@@ -75,7 +75,7 @@ def encode_rows(
             numbers = range(start, min(start + _CHUNK, len(rows)))
             examples += task.encode(rows.dataset.select(numbers).to_list(), start, report, labelled=labelled)
             poll()
-        _check_report(report, rows, len(examples))
+        _check_report(report, rows, len(examples), task.limit())
         dataset = datasets.Dataset.from_list(examples)
         found = Encoded(dataset, [e["length"] for e in examples], report, rows)
         if cached:
@@ -102,16 +102,17 @@ def processor_identity(directory: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(files)}
 
 
-def _check_report(report: EncodingReport, rows: Rows, examples: int) -> None:
+def _check_report(report: EncodingReport, rows: Rows, examples: int, limit: str) -> None:
     count = len(report.unsupervised)
     if examples and count <= _MAX_UNSUPERVISED * len(rows):
         return
     places = ", ".join(rows.where(i) for i in report.unsupervised[:3])
+    reason = f"({report.why})" if report.why else f"after cutting to {limit}"
     raise DataError(
-        f"{count} of {len(rows)} rows ({100 * count / len(rows):.0f} %) have nothing to learn from after "
-        f"cutting to max_length{': ' + places if places else ''}",
+        f"{count} of {len(rows)} rows ({100 * count / len(rows):.0f} %) have nothing to learn from {reason}"
+        f"{': ' + places if places else ''}",
         where=rows.source,
-        fix="raise data.max_length, or remove these rows",
+        fix="remove these rows" if report.why else f"raise {limit.partition(' =')[0]}, or remove these rows",
     )
 
 

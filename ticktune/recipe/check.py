@@ -79,6 +79,10 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
             )
         if re.search(r"\{[^{}]*[^\w\s{}-][^{}]*\}", name):
             wrong(f"data.columns.{column}", f"only plain {{column}} names can stand in a template, found {name}")
+    if recipe.task != "speech-recognition":
+        for key, default in (("vocabulary", "base"), ("language", None)):
+            if getattr(data, key) != default:
+                wrong(f"data.{key}", f"only speech-recognition has it, not {recipe.task}", "remove it")
     named = frozenset(data.columns) & known - row.optional_columns
     if named and not any(named <= columns for columns in row.columns):
         sets = " or ".join("+".join(sorted(columns)) for columns in row.columns)

@@ -277,6 +277,13 @@ class Data(Section):
     """What the task calls a column: what the file calls it, or a template such as `{question}\\n{answer}`."""
     max_length: Annotated[int, Field(ge=2, le=2**20)] = 128
     """Longest example, in tokens; longer ones are cut, and counted."""
+    max_seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 30.0
+    """Longest sound, in seconds; longer ones are cut, and counted."""
+    vocabulary: Literal["base", "rows"] = "base"
+    """speech-recognition by frames (CTC) only. base: the base's own characters, where it has some. rows: the characters
+    of the training transcripts."""
+    language: Text | None = None
+    """speech-recognition by a model of several languages (Whisper) only: what is spoken, such as english."""
     overlap: Annotated[int, Field(ge=0, le=2**20)] = 64
     """Tokens that the windows share which a long row is cut into, where the task cuts it into windows."""
     augment: Augment = Augment()

@@ -3,7 +3,7 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ class QuestionAnswering(Task):
         """Token ids, mask, and segment ids where the tokenizer makes them; all (batch, seq) int64."""
         return {name: batch[name] for name in _INPUTS if name in batch}
 
-    def logits(self, outputs: Any) -> Tensor:
+    def logits(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """Start and end of the answer, (batch, seq, 2)."""
         return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=-1)
 
@@ -146,7 +146,8 @@ class QuestionAnswering(Task):
         logs = logits.float().masked_fill(~real, -torch.inf).log_softmax(1)
         right = logs.gather(1, batch["target"][:, None, :]).squeeze(1)
         even = logs.masked_fill(~real, 0.0).sum(1) / real.sum(1)
-        return -((1 - smoothing) * right + smoothing * even).mean(-1).sum()
+        each: Tensor = -((1 - smoothing) * right + smoothing * even).mean(-1)
+        return each.sum()
 
     def counted(self, batch: Batch) -> Tensor | None:
         """The positions that are no padding, (batch, seq)."""

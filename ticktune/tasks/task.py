@@ -37,6 +37,9 @@ class TaskOptions:
         label_smoothing: Share of the target that all classes get.
         augment: Name -> strength of what is random in training; see :class:`ticktune.recipe.schema.Augment`.
         classes: Name of a class -> values in the masks, or categories, that are it; empty: each is a class.
+        max_seconds: Longest sound.
+        vocabulary: ``base``, or ``rows``: the characters of the training transcripts.
+        language: What is spoken, for a model of several languages.
     """
 
     columns: tuple[str, ...]
@@ -51,6 +54,9 @@ class TaskOptions:
     label_smoothing: float = 0.0
     augment: dict[str, float] = field(default_factory=dict)
     classes: dict[str, list[int]] = field(default_factory=dict)
+    max_seconds: float = 30.0
+    vocabulary: str = "base"
+    language: str | None = None
 
 
 @dataclass
@@ -58,14 +64,16 @@ class EncodingReport:
     """What happened to the rows on their way to examples.
 
     Args:
-        truncated: Places of rows that were cut to max_length.
+        truncated: Places of rows that were cut; :meth:`Task.limit` says to what.
         unsupervised: Places of rows without anything to learn from; they give no example.
         cut_ends: How many of the truncated rows lost the end that must be learned.
+        why: Why rows are unsupervised, where it is not that they were cut.
     """
 
     truncated: list[int] = field(default_factory=list)
     unsupervised: list[int] = field(default_factory=list)
     cut_ends: int = 0
+    why: str = ""
 
 
 class Task(ABC):
@@ -101,6 +109,10 @@ class Task(ABC):
         """
         columns = ", ".join(self.options.columns)
         raise UsageError(f"a row of {self.name} is no line of text", fix=f"give a file with the columns {columns}")
+
+    def limit(self) -> str:
+        """What longer examples are cut to: the recipe's key, its value, and the unit."""
+        return f"data.max_length = {self.options.max_length} tokens"
 
     @abstractmethod
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
@@ -194,6 +206,10 @@ class Task(ABC):
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """One JSON object for each example of the batch."""
+
+    def saved_processor(self, processor: Any) -> Any:
+        """What is saved beside merged weights: the base's processor, or one that the task changed."""
+        return processor
 
     def join(self, answers: list[dict[str, Any]]) -> dict[str, Any]:
         """The answer of a row from those of its examples, where a long row is several."""

@@ -177,7 +177,11 @@ class TextClassification(Task):
         return best_of(logits)
 
     def metrics(self) -> Any:
-        """Metrics of torchmetrics; f1 is the macro average, auroc one against the rest."""
+        """Metrics of torchmetrics; f1 is the macro average, auroc one against the rest.
+
+        Of two classes, ece says how far the second one's probabilities are from its shares (15 bins). log_loss is the
+        loss without class weights and label smoothing, where there are such.
+        """
         import torchmetrics.classification as c
         from torchmetrics import MeanMetric, MeanSquaredError, PearsonCorrCoef, SpearmanCorrCoef
 
@@ -198,7 +202,12 @@ class TextClassification(Task):
                 "auroc": macro_auroc(c.MultilabelAUROC, n),
             }
         else:
-            return class_metrics(n)
+            scores = class_metrics(n)
+            if n == 2:
+                scores["ece"] = _calibration_error()
+            if self.weights is not None or self.options.label_smoothing:
+                scores["log_loss"] = _log_loss()  # else it is the loss
+            return scores
         return nn.ModuleDict({**scores, "loss": MeanMetric()})
 
     def update(self, metrics: Any, logits: Tensor, batch: Batch) -> None:
@@ -279,6 +288,27 @@ def restore(options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> Text
     return TextClassification(
         options, state["problem"], tuple(state["labels"]), tokenizer, None if weights is None else tuple(weights)
     )
+
+
+def _calibration_error() -> Any:
+    from torchmetrics.classification import BinaryCalibrationError
+
+    class CalibrationError(BinaryCalibrationError):  # type: ignore[misc]
+        def update(self, probabilities: Tensor, target: Tensor) -> None:
+            super().update(probabilities[:, 1], target)
+
+    return CalibrationError(n_bins=15, norm="l1")
+
+
+def _log_loss() -> Any:
+    from torchmetrics import MeanMetric
+
+    class LogLoss(MeanMetric):  # type: ignore[misc]
+        def update(self, probabilities: Tensor, target: Tensor) -> None:
+            right = probabilities.gather(1, target[:, None])
+            super().update(-right.clamp_min(torch.finfo(right.dtype).tiny).log())
+
+    return LogLoss()
 
 
 def _problem_of(labels: list[Any], asked: str, where: Callable[[int], str]) -> Problem:
