@@ -426,6 +426,24 @@ def test_training_mode_of_base_and_ticks() -> None:
         assert model.bert.encoder.layer[0].training == base
 
 
+def test_the_running_means_of_a_frozen_base_stay_in_training() -> None:
+    model = attach(_build("segformer"), 4)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    pixels = torch.randn(3, 3, 32, 32)
+    set_training(model, False)
+    expected = model.decode_head(model.segformer(pixels, output_hidden_states=True).hidden_states)
+    set_training(model, True)
+    model.decode_head.dropout.eval()
+    model.segformer.eval()
+    found = model.decode_head(model.segformer(pixels, output_hidden_states=True).hidden_states)
+    assert torch.equal(found, expected)
+    assert len(norms) == 1
+    for norm, (mean, variance) in zip(norms, before, strict=True):
+        assert torch.equal(norm.running_mean, mean)
+        assert torch.equal(norm.running_var, variance)
+
+
 def test_ticks_take_the_mode_of_the_model() -> None:
     assert not any(t.training for t in attachment_of(attach(_build("bert").eval(), 4)).ticks.values())
     assert all(t.training for t in attachment_of(attach(_build("bert").train(), 4)).ticks.values())

@@ -193,6 +193,106 @@ def segmentation_model(data: Path, target: Path, classes: dict[str, list[int]], 
     return target
 
 
+def digit_scenes(data: Path, target: Path, split: str, names: str, count: int, *, size: int, seed: int) -> Path:
+    """Writes darkened pieces of photographs with a written digit on each, and metadata.jsonl with its box.
+
+    Args:
+        data: Folder of the data sets.
+        target: Folder to write.
+        split: Of the digits and of the photographs.
+        names: The digits that occur; one stands in each scene.
+        count: Number of scenes.
+        size: Pixels of a scene's sides.
+        seed: Of what is random.
+    """
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    paths, labels = digits(data, split, names)
+    marks = [np.asarray(Image.open(path).convert("L")) for path in paths]
+    photographs = [np.asarray(Image.open(p).convert("RGB")) for p in sorted((data / "coco128" / split).glob("*.jpg"))]
+    target.mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        photograph = photographs[rng.integers(len(photographs))]
+        y, x = rng.integers(0, photograph.shape[0] - size), rng.integers(0, photograph.shape[1] - size)
+        scene = photograph[y : y + size, x : x + size] * 0.15
+        choice = int(rng.integers(len(marks)))
+        rows, columns = np.nonzero(marks[choice] > 40)
+        mark = marks[choice][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        height = int(rng.integers(size // 2, size * 3 // 4))
+        width = max(size // 6, min(size - 1, round(height * mark.shape[1] / mark.shape[0])))
+        left, top = int(rng.integers(0, size - width)), int(rng.integers(0, size - height))
+        ink = np.asarray(Image.fromarray(mark).resize((width, height)), dtype=float)[..., None] / 255
+        place = (slice(top, top + height), slice(left, left + width))
+        scene[place] = scene[place] * (1 - ink) + rng.uniform(180, 255, 3) * ink
+        objects = {"bbox": [[left, top, width, height]], "category": [names[int(labels[choice])]]}
+        Image.fromarray(scene.astype(np.uint8)).save(target / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "objects": objects}))
+    (target / "metadata.jsonl").write_text("\n".join(lines))
+    return target
+
+
+def detection_model(data: Path, folder: Path, *, size: int, steps: int = 1700) -> Path:
+    """Trains a small DETR on scenes of the digits 0 to 4, and saves it whole, with its image processor.
+
+    Args:
+        data: Folder of the data sets.
+        folder: Where the scenes and the model, in ``base``, are saved.
+        size: Pixels of a scene's sides.
+        steps: Of training.
+    """
+    import json
+
+    from PIL import Image
+    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessorPil, ResNetConfig
+
+    torch.manual_seed(0)
+    scenes = digit_scenes(data, folder / "pretraining", "train", "01234", 6000, size=size, seed=1)
+    rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text().splitlines()]
+    processor = DetrImageProcessorPil(size={"height": size, "width": size}, do_pad=False)
+    images = [Image.open(scenes / row["file_name"]) for row in rows]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    labels = []
+    for row in rows:
+        boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float32) / size
+        boxes = torch.cat([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], 1)
+        names = torch.tensor([int(name) for name in row["objects"]["category"]])
+        labels.append({"class_labels": names, "boxes": boxes})
+    stages = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"}
+    attention = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = DetrConfig(
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        num_queries=2,
+        **attention,
+        dropout=0.0,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=ResNetConfig(**stages, out_features=["stage3"]),
+        num_labels=5,
+        bbox_loss_coefficient=2,
+        giou_loss_coefficient=1,
+    )
+    model = DetrForObjectDetection(config)
+
+    def batches() -> Batches:
+        for chosen in shuffled(len(rows), 32, 0):
+            yield {"pixel_values": pixels[chosen], "labels": [labels[i] for i in chosen]}  # type: ignore[dict-item]
+
+    learn(model, batches, steps)
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    return folder / "base"
+
+
 def spoken(data: Path, split: str, digits: str) -> tuple[list[Any], list[int]]:
     """Waveforms of spoken digits at 8 kHz, and which digit each is."""
     import soundfile

@@ -90,6 +90,23 @@ def accepted(folder: Path, text: str) -> Recipe:
             Problem("expected text or prompt+response or messages, found prompt+text", "r.yaml:3:18 data.columns"),
         ),
         (
+            HEAD + "data: {train: a, classes: {x: 1, y: [2]}}\n",
+            Problem(
+                "only semantic-segmentation and object-detection have numbers that stand for classes, not "
+                "text-classification",
+                "r.yaml:3:18 data.classes",
+            ),
+        ),
+        (
+            HEAD.replace("text-classification", "semantic-segmentation") + "data: {train: a, classes: {x: [1]}}\n",
+            Problem("expected 2 to 255 classes, found 1", "r.yaml:3:18 data.classes"),
+        ),
+        (
+            HEAD.replace("text-classification", "semantic-segmentation")
+            + "data: {train: a, classes: {x: [1, 2], y: 2}}\n",
+            Problem("the number 2 is in the class x already", "r.yaml:3:39 data.classes.y"),
+        ),
+        (
             HEAD + "data: {train: a}\ntraining: {epochs: 1, steps: 5}\n",
             Problem("give epochs or steps, not both", "r.yaml:4:23 training.steps"),
         ),

@@ -92,6 +92,27 @@ def test_smoothed_labels_are_refused(path: str) -> None:
         build(rows_of(path), label_smoothing=0.1)
 
 
+def test_categories_are_grouped_as_the_recipe_says(path: str) -> None:
+    rows = [row(path, [[0, 0, 1, 1], [1, 1, 2, 2], [2, 2, 3, 3]], [7, 3, 9]), row(path, [[4, 4, 5, 5]], [1])]
+    task = build(rows, classes={"thing": [7, 3], "animal": [1]})
+    assert task.labels == ("thing", "animal")
+    examples = encoded(task, rows)
+    assert [(e["boxes"], e["classes"]) for e in examples] == [
+        ([[0, 0, 1, 1], [1, 1, 2, 2]], [0, 0]),
+        ([[4, 4, 5, 5]], [1]),
+    ]
+    task.check([row(path, [[0, 0, 1, 1]], [55])], where)  # background
+    with pytest.raises(DataError) as caught:
+        build(rows, classes={"thing": [7], "boat": [8, 11]})
+    assert caught.value.problems == [
+        Problem(
+            "no training row has a box of the categories 8, 11",
+            "data.classes.boat",
+            "correct the categories, or leave the class out",
+        )
+    ]
+
+
 # Bad rows
 
 

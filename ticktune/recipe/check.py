@@ -93,15 +93,18 @@ def _check_classes(recipe: Recipe, wrong: Callable[..., None]) -> None:
     classes = recipe.data.classes
     if not classes:
         return
-    if recipe.task != "semantic-segmentation":
-        wrong("data.classes", f"only semantic-segmentation has masks whose values are classes, not {recipe.task}")
-    if not 2 <= len(classes) <= 255:
+    if recipe.task not in ("semantic-segmentation", "object-detection"):
+        wrong(
+            "data.classes",
+            f"only semantic-segmentation and object-detection have numbers that stand for classes, not {recipe.task}",
+        )
+    if recipe.task == "semantic-segmentation" and not 2 <= len(classes) <= 255:
         wrong("data.classes", f"expected 2 to 255 classes, found {len(classes)}")
     owner: dict[int, str] = {}
     for name, values in classes.items():
         for value in values:
             if owner.setdefault(value, name) != name:
-                wrong(f"data.classes.{name}", f"the value {value} is in the class {owner[value]} already")
+                wrong(f"data.classes.{name}", f"the number {value} is in the class {owner[value]} already")
 
 
 def _same_source(one: Any, other: Any) -> bool:

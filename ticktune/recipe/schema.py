@@ -199,13 +199,13 @@ class Head(Section):
     regression head; never a language-model head or a tied embedding. true: the whole head. false: nothing."""
 
 
-def _mask_values(value: Any) -> Any:
+def _class_numbers(value: Any) -> Any:
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-MaskValues = Annotated[
+ClassNumbers = Annotated[
     list[Annotated[int, Field(ge=0, le=65535)]],
-    BeforeValidator(_mask_values),
+    BeforeValidator(_class_numbers),
     Field(min_length=1),
 ]
 
@@ -287,10 +287,11 @@ class Data(Section):
     overlap: Annotated[int, Field(ge=0, le=2**20)] = 64
     """Tokens that the windows share which a long row is cut into, where the task cuts it into windows."""
     augment: Augment = Augment()
-    classes: dict[Text, MaskValues] = {}
-    """semantic-segmentation only. Name of a class: the values in the masks that are it, for example
-    `{animal: [16, 17, 18]}`; pixels of other values are not learned. Empty: every value of the training masks is a
-    class, but for 255, which is none."""
+    classes: dict[Text, ClassNumbers] = {}
+    """semantic-segmentation and object-detection only. Name of a class: the values in the masks, or the numbers of
+    categories, that are it, for example `{animal: [16, 17, 18]}`. Pixels of other values are not learned; things of
+    other categories belong to the background. Empty: every value of the training masks but 255, or every category
+    of the training rows, is a class."""
 
 
 class Optimizer(Section):

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,13 @@ def ordered_labels(names: set[str], base_config: Any) -> tuple[str, ...]:
     known = getattr(base_config, "id2label", None) or {}
     known_names = [str(known[i]) for i in sorted(known)]
     return tuple(known_names if set(known_names) == names else ordered)
+
+
+def class_order(names: Collection[str], base_config: Any) -> tuple[str, ...]:
+    """Classes that a recipe names, in its order; an existing head of the same classes keeps its own."""
+    known = getattr(base_config, "id2label", None) or {}
+    known_names = tuple(str(known[i]) for i in sorted(known))
+    return known_names if set(known_names) == set(names) else tuple(names)
 
 
 def read_labels(labels: Sequence[Any], base_config: Any, where: Callable[[int], str]) -> tuple[str, ...]:

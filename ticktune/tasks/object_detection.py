@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import BaseModelError, DataError, RecipeError
-from ticktune.tasks.classes import check_known, label_config, label_name, ordered_labels
+from ticktune.tasks.classes import check_known, class_order, label_config, label_name, ordered_labels
 from ticktune.tasks.pictures import Change, check_pictures, class_color, read_picture, write_on
 from ticktune.tasks.task import Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 from ticktune.versions import require
@@ -77,11 +77,12 @@ class ObjectDetection(Task):
         owners: list[int] = []
         names: list[str] = []
         for i, (row, size) in enumerate(zip(rows, sizes, strict=True)):
-            boxes, categories = objects_of(row["objects"], where(i))
+            boxes, _ = objects_of(row["objects"], where(i))
             for number, box in enumerate(boxes):
                 _check_box(box, size, f"box {number + 1} of {len(boxes)}", where(i))
-            owners += [i] * len(categories)
-            names += categories
+            _, found = wanted_of(row["objects"], where(i), self.options.classes)
+            owners += [i] * len(found)
+            names += found
         check_known(names, self.labels, lambda k: where(owners[k]))
 
     def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
@@ -90,9 +91,9 @@ class ObjectDetection(Task):
         for i, row in enumerate(rows):
             example: Example = {"row": first + i, "length": 1, "image": row["image"]}
             if labelled:
-                boxes, categories = objects_of(row["objects"], "")
+                boxes, names = wanted_of(row["objects"], "", self.options.classes)
                 example["boxes"] = boxes
-                example["classes"] = [self.labels.index(name) for name in categories]
+                example["classes"] = [self.labels.index(name) for name in names]
             examples.append(example)
         return examples
 
@@ -351,6 +352,25 @@ def objects_of(objects: Any, where: str) -> tuple[list[list[float]], list[str]]:
     return [[float(value) for value in box] for box in boxes], [label_name(name) for name in names]
 
 
+def wanted_of(objects: Any, where: str, classes: Mapping[str, Sequence[int]]) -> tuple[list[list[float]], list[str]]:
+    """Boxes and classes of a row, of those classes that the recipe names.
+
+    Args:
+        objects: As in :func:`objects_of`.
+        where: ``file:line`` of the row.
+        classes: Name of a class -> categories that are it; empty: every category is a class of its own.
+
+    Raises:
+        DataError: As :func:`objects_of`.
+    """
+    boxes, categories = objects_of(objects, where)
+    if not classes:
+        return boxes, categories
+    names = {str(number): name for name, numbers in classes.items() for number in numbers}
+    kept = [i for i, category in enumerate(categories) if category in names]
+    return [boxes[i] for i in kept], [names[categories[i]] for i in kept]
+
+
 def build(
     options: TaskOptions, rows: Sequence[Row], where: Callable[[int], str], processor: Any, base_config: Any
 ) -> ObjectDetection:
@@ -376,10 +396,17 @@ def build(
         )
     counts: Counter[str] = Counter()
     for i, row in enumerate(rows):
-        counts.update(objects_of(row["objects"], where(i))[1])
+        counts.update(wanted_of(row["objects"], where(i), options.classes)[1])
+    for name, numbers in options.classes.items():
+        if not counts[name]:
+            raise DataError(
+                f"no training row has a box of the categories {', '.join(map(str, numbers))}",
+                where=f"data.classes.{name}",
+                fix="correct the categories, or leave the class out",
+            )
     if not counts:
         raise DataError("no training row has a box: nothing can be learned", where=where(0).rpartition(":")[0])
-    labels = ordered_labels(set(counts), base_config)
+    labels = class_order(options.classes, base_config) or ordered_labels(set(counts), base_config)
     total = sum(counts.values())
     balanced = options.class_weights == "balanced"
     weights = tuple(total / (len(labels) * counts[name]) for name in labels) if balanced else None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.errors import BaseModelError, DataError
-from ticktune.tasks.classes import label_config
+from ticktune.tasks.classes import class_order, label_config
 from ticktune.tasks.pictures import (
     Change,
     check_pictures,
@@ -299,7 +299,7 @@ def build(
             where=where(0).rpartition(":")[0] or where(0),
             fix="say which values are a class, for example data.classes: {animal: [16, 17], person: [1]}",
         )
-    labels, sizes = _ordered(classes, base_config), {n: sum(pixels[v] for v in classes[n]) for n in classes}
+    labels, sizes = class_order(classes, base_config), {n: sum(pixels[v] for v in classes[n]) for n in classes}
     for name, size in sizes.items():
         if not size:
             raise DataError(
@@ -323,13 +323,6 @@ def restore(options: TaskOptions, state: dict[str, Any], processor: Any) -> Sema
         None if weights is None else tuple(weights),
         processor,
     )
-
-
-def _ordered(classes: dict[str, list[int]], base_config: Any) -> tuple[str, ...]:
-    """Classes as the recipe orders them; an existing head of the same classes keeps its own order."""
-    known = getattr(base_config, "id2label", None) or {}
-    names = tuple(str(known[i]) for i in sorted(known))
-    return names if set(names) == classes.keys() else tuple(classes)
 
 
 def _check_processor(processor: Any) -> None:

@@ -36,7 +36,7 @@ class TaskOptions:
         class_weights: ``balanced``: each class counts as much as the others in the loss.
         label_smoothing: Share of the target that all classes get.
         augment: Name -> strength of what is random in training; see :class:`ticktune.recipe.schema.Augment`.
-        classes: Name of a class -> values in the masks that are it; empty: every value is a class.
+        classes: Name of a class -> values in the masks, or categories, that are it; empty: each is a class.
         max_seconds: Longest sound.
         vocabulary: ``base``, or ``rows``: the characters of the training transcripts.
         language: What is spoken, for a model of several languages.
