@@ -218,3 +218,51 @@ def test_phi_has_its_width_under_both_names() -> None:
     plan, tensors = attachment_of(model).plan, adapter_state(model)
     widen(detach(model), plan, tensors, pad_to="none")
     assert model.config.n_inner == model.config.intermediate_size == 192 + DIM
+
+
+# The least width that does
+
+
+def _widened(model: nn.Module, dim: int, **options: Any) -> dict[str, tuple[int, int]]:
+    """Widths of each kind of block before and after, by the field that drives it."""
+    attach(model, dim, head=False)
+    models.perturb(p for _, _, p in adapter_parameters(model))
+    plan, tensors = attachment_of(model).plan, {k: t.clone() for k, t in adapter_state(model).items()}
+    batch = {"input_ids": torch.randint(4, 60, (2, 9))}
+    with torch.no_grad():
+        ours = models.result(model.eval()(**batch))
+    stock = detach(model)
+    before = {ffn.key: ffn.width for ffn in find_layout(stock).ffns}
+    widen(stock, plan, tensors, **options)
+    with torch.no_grad():
+        difference = models.result(stock(**batch)) - ours
+    assert float(difference.abs().max()) <= 1e-4 * float(ours.abs().max())
+    return {ffn.key: (before[ffn.key], ffn.width) for ffn in find_layout(stock).ffns}
+
+
+def test_blocks_of_one_and_two_widths_grow_no_more_than_they_must() -> None:
+    from transformers import Gemma4TextConfig, Gemma4TextModel
+
+    config = Gemma4TextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_kv_shared_layers=2, use_double_wide_mlp=True,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=16, vocab_size=64,
+        vocab_size_per_layer_input=64, hidden_size_per_layer_input=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    assert set(_widened(Gemma4TextModel(config), 8).values()) == {(128, 192), (256, 384)}
+
+
+@pytest.mark.parametrize("dim", [8, 320])
+def test_a_shared_expert_of_many_units_grows_with_the_experts(dim: int) -> None:
+    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeModel
+
+    config = Ernie4_5_MoeConfig(
+        hidden_size=64, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, moe_num_experts=4, moe_k=2, moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    found = _widened(Ernie4_5_MoeModel(config), dim)
+    dense, experts, shared = 256 + 64 * -(-dim // 64), 64 + 64 * -(-dim // 64), 2 * (64 + 64 * -(-dim // 64))
+    assert set(found.values()) == {(256, dense), (64, experts), (128, shared)}

@@ -257,14 +257,14 @@ class _Scaled(_Block):
         return nn.functional.gelu(wide) * (1 + 1e-4)
 
 
-def _toy(block: type[_Block], in_layers: bool = True) -> nn.Module:
+def _toy(block: type[nn.Module], in_layers: bool = True, layers: int = 3) -> nn.Module:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     class ToyConfig(PreTrainedConfig):
         model_type = "toy"
         hidden_size: int = 32
         intermediate_size: int = 80
-        num_hidden_layers: int = 3
+        num_hidden_layers: int = layers
         vocab_size: int = 64
 
     class ToyModel(PreTrainedModel):
@@ -319,3 +319,66 @@ def test_poolers_and_box_heads_are_no_blocks() -> None:
 def test_a_module_without_config_is_refused() -> None:
     with pytest.raises(PatchError, match="has no config"):
         find_layout(nn.Linear(2, 2))
+
+
+class _Mixed(nn.Module):
+    """Two blocks of one form: every other layer has one more, which runs first."""
+
+    def __init__(self, hidden: int, width: int, has_extra: bool) -> None:
+        super().__init__()
+        self.mlp = _Block(hidden, width)
+        self.extra = _Block(hidden, width) if has_extra else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x if self.extra is None else self.extra(x))
+
+
+def test_a_block_has_its_own_tick_wherever_it_stands_in_its_layer() -> None:
+    class Layer(_Mixed):
+        made = 0
+
+        def __init__(self, hidden: int, width: int) -> None:
+            super().__init__(hidden, width, has_extra=type(self).made % 2 == 1)
+            type(self).made += 1
+
+    # An even number of layers, so that a second model of the class begins as the first one does.
+    model = _toy(Layer, layers=4)
+    layout = find_layout(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    assert {ffn.key: names[id(ffn.down)] for ffn in layout.ffns} == {
+        "encoder.0.ffn": "layers.0.mlp.down",
+        "encoder.1.ffn": "layers.1.mlp.down",
+        "encoder.1.ffn2": "layers.1.extra.down",
+        "encoder.2.ffn": "layers.2.mlp.down",
+        "encoder.3.ffn": "layers.3.mlp.down",
+        "encoder.3.ffn2": "layers.3.extra.down",
+    }
+
+
+def test_stages_of_layers_are_no_lists_of_bare_blocks() -> None:
+    from transformers import ConvNextConfig, ConvNextModel
+
+    model = ConvNextModel(ConvNextConfig(depths=[1, 2, 2, 1], hidden_sizes=[16, 32, 48, 64]))
+    assert sum(find_layout(model).sizes.values()) == 6
+
+
+def test_falcons_new_layers_train_both_of_their_norms() -> None:
+    from transformers import FalconConfig, FalconModel
+
+    size: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    config = FalconConfig(**size, new_decoder_architecture=True, num_kv_heads=2)
+    norms = find_layout(FalconModel(config)).norms
+    assert [key for key in norms if ".1." in key] == ["decoder.1.norm.attention", "decoder.1.norm.ffn"]
+
+
+def test_a_width_that_sizes_something_of_the_outer_model_too_is_none() -> None:
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    with torch.device("meta"):
+        model = VoxtralForConditionalGeneration(VoxtralConfig())
+    layout = find_layout(model)
+    sound = [ffn for ffn in layout.ffns if ffn.stack == "audio"]
+    assert sound
+    assert {ffn.width_field for ffn in sound} == {None}
+    assert all("also the size of" in ffn.obstacle and "projector" in ffn.obstacle for ffn in sound)
+    assert all(ffn.width_field is not None for ffn in layout.ffns if ffn.stack == "text")

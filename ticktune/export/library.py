@@ -113,6 +113,8 @@ def merge(
                 raise ExportError(f"the merged model's logits are not finite in {dtype}")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+    if not found.is_conclusive:
+        warnings.warn(f"the ticks and norms change too little for a proof: {found.effect:.2e}", stacklevel=2)
     if idle := found.idle_text():
         warnings.warn(idle, stacklevel=2)
     return found

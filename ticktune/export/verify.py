@@ -253,6 +253,8 @@ def compare_outputs(
         predictions are those of all outputs of logits.
     """
     names = list(ours[0])
+    if not names:
+        raise ExportError("the model gives no tensor that could be compared")
     if not all(outputs.keys() == ours[0].keys() for outputs in (*ours, *merged, *base, *control)):
         raise ExportError(f"the merged folder's outputs are not {', '.join(names)}")
     found = {}

@@ -213,17 +213,33 @@ def _grow(
     config: Any = copy.deepcopy(model.config)
     for field in promoted:
         setattr(*config_of(config, field), True)
-    fields = sorted({str(ffn.width_field) for ffn in blocks})
-    for attempt in range(_ATTEMPTS):
-        for field in fields:
-            driven = [ffn for ffn in blocks if ffn.width_field == field]
-            value = getattr(*config_of(model.config, field))
-            _set(config, field, _larger(value, driven, needed, attempt))
-        shapes = shapes_of(type(model), config)
-        after = {id(ffn): _width_in(shapes, names[id(ffn.down)], ffn) for ffn in blocks}
-        if all(after[id(ffn)] >= needed[id(ffn)] for ffn in blocks):
-            return config, shapes, after
-    raise ExportError(f"no value of {', '.join(fields)} makes the feed-forward blocks wide enough")
+
+    def widths() -> dict[int, int]:
+        return {id(ffn): _width_in(shapes, names[id(ffn.down)], ffn) for ffn in blocks}
+
+    shapes = shapes_of(type(model), config)
+    after = widths()
+    driven: dict[str, list[Ffn]] = {}
+    for ffn in blocks:
+        driven.setdefault(str(ffn.width_field), []).append(ffn)
+    # The field of most blocks first: where two make the width of one block, the other may have nothing left to do.
+    for field in sorted(driven, key=lambda name: (-len(driven[name]), name)):
+        value = getattr(*config_of(config, field))
+        for attempt in range(_ATTEMPTS):
+            if all(after[id(ffn)] >= needed[id(ffn)] for ffn in driven[field]):
+                break
+            now = getattr(*config_of(config, field))
+            larger = (
+                _larger_count(now, driven[field], after, needed, pad_to)
+                if type(now) is int
+                else _larger(value, driven[field], needed, attempt)
+            )
+            _set(config, field, larger)
+            shapes = shapes_of(type(model), config)
+            after = widths()
+        else:
+            raise ExportError(f"no value of {field} makes the feed-forward blocks wide enough")
+    return config, shapes, after
 
 
 def _set(config: Any, field: str, value: Any) -> None:
@@ -235,19 +251,36 @@ def _set(config: Any, field: str, value: Any) -> None:
 
 
 def _rounded(width: int, ffn: Ffn, pad_to: int | str) -> int:
-    multiple = math.gcd(ffn.width, 64) if pad_to == "auto" else 1 if pad_to == "none" else int(pad_to)
-    if ffn.experts is not None:
-        multiple = math.lcm(multiple, _EXPERTS_MULTIPLE)
+    multiple = _multiple(ffn, pad_to)
     return -(-width // multiple) * multiple
 
 
+def _multiple(ffn: Ffn, pad_to: int | str) -> int:
+    multiple = math.gcd(ffn.width, 64) if pad_to == "auto" else 1 if pad_to == "none" else int(pad_to)
+    return math.lcm(multiple, _EXPERTS_MULTIPLE) if ffn.experts is not None else multiple
+
+
+def _larger_count(
+    value: int, blocks: Sequence[Ffn], now: dict[int, int], needed: dict[int, int], pad_to: int | str
+) -> int:
+    """The least count that makes all blocks wide enough, where each width is a whole multiple of it; else one more.
+
+    A field may count units, or hidden sizes, or experts of which each has many units.
+    """
+    if value < 1 or any(now[id(ffn)] % value for ffn in blocks):
+        return value + 1
+    each = [(ffn, now[id(ffn)] // value) for ffn in blocks]
+    least = max(value + 1, *(-(-needed[id(ffn)] // factor) for ffn, factor in each))
+    for count in range(least, least + 1024):
+        if all(factor * count % _multiple(ffn, pad_to) == 0 for ffn, factor in each):
+            return count
+    return least
+
+
 def _larger(value: Any, blocks: Sequence[Ffn], needed: dict[int, int], attempt: int) -> Any:
-    """The next value to try: a count of units, a ratio to the hidden size, or one of these for each stage."""
-    target = max(needed[id(ffn)] for ffn in blocks)
-    if value is None or (isinstance(value, int) and value == blocks[0].width):
-        return target + attempt
-    if isinstance(value, int):
-        return value + 1 + attempt
+    """The next value to try: a width that the model chose itself, a ratio, or one of these for each stage."""
+    if value is None:
+        return max(needed[id(ffn)] for ffn in blocks) + attempt
     if isinstance(value, float):
         # Stages with a larger hidden size get more; rounding down in the model is why one attempt may not do.
         least = min(blocks, key=lambda ffn: ffn.width)

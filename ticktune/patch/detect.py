@@ -5,6 +5,7 @@ The model's own class is built from its config made small, random, in float64, a
 found like any other; what does not hold numerically is refused.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import PatchError, first_line
-from ticktune.patch.fields import bias_field, width_fields
+from ticktune.patch.fields import also_sized, bias_field, width_fields
 from ticktune.patch.layout import (
     AS_LLAMA,
     FAMILIES,
@@ -88,7 +89,25 @@ def find_layout(model: nn.Module, *, families: Families = FAMILIES) -> Layout:
     # The outermost model of several towers has no layers of its own, as a rule.
     layout.notes += [f"no ticks in the {name}: {reason}" for name, reason in reasons.items() if name]
     layout.notes += _other_norms(layout, bodies[0].module)
+    _check_inner_fields(layout, model)
     return layout
+
+
+def _check_inner_fields(layout: Layout, model: nn.Module) -> None:
+    """Takes the width fields of inner models back that also size something of the outer one."""
+    blocks = [*layout.ffns, *layout.aux]
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for field_name in sorted({f.width_field for f in blocks if f.width_field is not None and "." in f.width_field}):
+        mine = [ffn for ffn in blocks if ffn.width_field == field_name]
+        modules = [m for ffn in mine for m in (ffn.up, ffn.gate, ffn.down, ffn.conv) if m is not None]
+        own = {name for module in modules for name in names[id(module)]}
+        other = also_sized(model, field_name, own, {ffn.width for ffn in mine})
+        if other is not None:
+            for ffn in mine:
+                ffn.width_field = None
+                ffn.obstacle = f"{field_name} is also the size of {other}, which is no known feed-forward block"
 
 
 def _other_norms(layout: Layout, body: nn.Module) -> list[str]:
@@ -278,17 +297,12 @@ class _Rows:
 
     def _shapes(self, members: list[tuple[Block, str]], width: str | None) -> tuple[Shape, ...]:
         """Each different form of a block once."""
+        found = [(block, layer, _shape(self._starred(block, layer), layer, "")) for block, layer in members]
+        slots = _slots([(layer, shape) for _, layer, shape in found])
         shapes: dict[Shape, None] = {}
-        slots: dict[str, dict[str, str]] = {}
-        for block, layer in members:
-            found = _shape(self._starred(block, layer), layer, "")
+        for block, _, shape in found:
             own = self._fields.get(block.down, "")
-            known = slots.setdefault(layer, {})
-            if found.up not in known:
-                kind = "experts" if block.experts or ("*" in found.up and "expert" in found.up) else "ffn"
-                count = sum(slot.startswith(kind) for slot in known.values())
-                known[found.up] = f"{kind}{count + 1}" if count else kind
-            shapes[replace(found, slot=known[found.up], width=None if own == (width or "") else own)] = None
+            shapes[replace(shape, slot=slots[shape.up], width=None if own == (width or "") else own)] = None
         return tuple(shapes)
 
     def _starred(self, block: Block, layer: str) -> Block:
@@ -344,6 +358,27 @@ class _Rows:
         late = tuple(n for n, t in near.items() if t > last)
         late = tuple(n for n in late if not n.startswith("pooler.")) or late
         return early if len(early) == 1 else (), late[:1]
+
+
+def _slots(members: list[tuple[str, Shape]]) -> dict[str, str]:
+    """Name of ``up`` in a layer -> slot: one in all layers, and another than that of any block beside it.
+
+    Args:
+        members: Layer and shape of each block, in the order in which they ran.
+    """
+    layers: dict[str, dict[str, Shape]] = {}
+    for layer, shape in members:
+        layers.setdefault(layer, {})[shape.up] = shape
+    slots: dict[str, str] = {}
+    for shapes in layers.values():
+        for up, shape in shapes.items():
+            kind = "experts" if shape.experts or ("*" in up and "expert" in up) else "ffn"
+            beside = {
+                slots[name] for in_layer in layers.values() if up in in_layer for name in in_layer if name in slots
+            }
+            names = itertools.chain([kind], (f"{kind}{number}" for number in itertools.count(2)))
+            slots.setdefault(up, next(name for name in names if name not in beside))
+    return slots
 
 
 def _shape(block: Block, layer: str, slot: str) -> Shape:

@@ -6,7 +6,7 @@ memory, and what changed shape is compared with what should.
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +116,32 @@ class _Trial:
         why = "is no known feed-forward block" if ran else "no input that is known for this model makes run"
         for down in driven:
             self.widths.obstacles.setdefault(down, f"{path} is also the size of {others[0]}, which {why}")
+
+
+def also_sized(model: nn.Module, field_name: str, own: Collection[str], widths: set[int]) -> str | None:
+    """A tensor outside of blocks that has the size of a field too, or None.
+
+    The field of an inner model may have a part in what the outer one builds around it.
+
+    Args:
+        model: The outermost model; only its class and config are used.
+        field_name: The field, dotted from its config.
+        own: Names of the modules of the blocks that the field drives.
+        widths: Widths of these blocks.
+    """
+    try:
+        reference = shapes_of(type(model), model.config)
+    except Exception:  # noqa: BLE001 - a class that builds nothing of its config is met, and named, elsewhere
+        return None
+    owner, name = config_of(model.config, field_name)
+    for larger in _larger(getattr(owner, name), widths):
+        shapes = _shapes_with(model, field_name, larger)
+        if shapes is None or shapes.keys() != reference.keys():
+            continue
+        changed = sorted(n for n in shapes if shapes[n] != reference[n])
+        if changed:
+            return next((n for n in changed if n.rpartition(".")[0] not in own), None)
+    return None
 
 
 def bias_field(model: nn.Module, blocks: list[Block]) -> str | None:

@@ -138,8 +138,8 @@ def _tower(**other: Any) -> tuple[Stack, ...]:
 def _decoder(
     *ffn: Shape,
     layers: Names = ("layers",),
-    attention: str = "input_layernorm",
-    second: str = "post_attention_layernorm",
+    attention: str | Names = "input_layernorm",
+    second: str | Names = "post_attention_layernorm",
     embedding: Names = (),
     final: str = "norm",
     width: str | None = "intermediate_size",
@@ -147,8 +147,12 @@ def _decoder(
     norms: Norms | None = None,
 ) -> tuple[Stack, ...]:
     """Llama and its kin; also GPT-2 and its kin under other names."""
-    slots = {"attention": (attention,), "ffn": (second,), **(norms or {})}
+    slots = {"attention": _names(attention), "ffn": _names(second), **(norms or {})}
     return (Stack("decoder", layers, ffn or (_GLU,), width, slots, bias, embedding, (final,)),)
+
+
+def _names(names: str | Names) -> Names:
+    return (names,) if isinstance(names, str) else names
 
 
 def _gemma(norms: Norms | None = None) -> tuple[Stack, ...]:
@@ -270,7 +274,15 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         final="ln_f",
         width=None,
     ),
-    "falcon": _decoder(_MLP_4H, layers=("h",), final="ln_f", width="ffn_hidden_size", bias="bias"),
+    "falcon": _decoder(
+        _MLP_4H,
+        layers=("h",),
+        attention=("input_layernorm", "ln_attn"),
+        second=("post_attention_layernorm", "ln_mlp"),
+        final="ln_f",
+        width="ffn_hidden_size",
+        bias="bias",
+    ),
     "phi": _decoder(_MLP_FC, final="final_layernorm"),
     "starcoder2": _decoder(_MLP_C, bias="use_bias"),
     # Decoders with gated blocks
@@ -554,6 +566,11 @@ def add_stacks(layout: Layout, body: Body, stacks: tuple[Stack, ...]) -> None:
                 raise PatchError(
                     f"layer {number} of the {body.model_type} {name} ({type(layer).__name__}) has no known "
                     "feed-forward block"
+                )
+            if len({id(ffn.down) for ffn in blocks if ffn.experts is None}) < sum(f.experts is None for f in blocks):
+                raise PatchError(
+                    f"layer {number} of the {body.model_type} {name} ({type(layer).__name__}) has one feed-forward "
+                    "block under two names"
                 )
             layout.ffns += blocks
             for slot, names in stack.norms.items():

@@ -171,8 +171,15 @@ def is_alternative(block: Block, modules: dict[str, nn.Module], at: int) -> bool
     return (
         isinstance(container, nn.ModuleList | nn.ModuleDict)
         and len({type(item) for item in items}) == 1
-        and all(sum(map(is_projection, item.modules())) == len(block.names) for item in items)
+        and all(_is_bare(item, len(block.names)) for item in items)
     )
+
+
+def _is_bare(item: nn.Module, projections: int) -> bool:
+    """Whether a module holds the projections of one block and norms, and nothing else that it could compute with."""
+    owners = [module for module in item.modules() if next(module.parameters(recurse=False), None) is not None]
+    found = sum(map(is_projection, owners))
+    return found == projections and all(is_projection(module) or is_norm(module) for module in owners)
 
 
 def common_parent(paths: list[str]) -> str:
