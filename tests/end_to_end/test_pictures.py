@@ -61,7 +61,8 @@ def test_a_segmenter_learns_predicts_draws_and_merges(segmenter: Path, ticktune:
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["size"] for answer in answers] == [[18, 12]] * 2
     assert sorted(path.name for path in (segmenter / "drawn").iterdir()) == ["p6-1.png", "p7-2.png"]
-    assert Image.open(segmenter / "drawn/p6-1.png").size[0] == 36
+    with Image.open(segmenter / "drawn/p6-1.png") as drawn:
+        assert drawn.size[0] == 36
     merged = json.loads(ticktune("export", "run", "--merge", cwd=segmenter).stdout)
     assert merged["verification"]["changed"] == 0
 
