@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import Run
 from tests.real_data import pretrain
 from tests.real_data.bootstrap import interval
@@ -44,6 +46,7 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_spoken_digits(data_folder: Path, ticktune: Run, tmp_path: Path) -> None:
     base = pretrain.sound_model(data_folder, tmp_path / "base", pretrain.small_wav2vec2())
     words = [
@@ -79,6 +82,7 @@ def test_spoken_digits(data_folder: Path, ticktune: Run, tmp_path: Path) -> None
         assert mine["label"] == other[0]["label"]
 
 
+@pytest.mark.slow
 def test_spoken_digits_are_written_as_words(data_folder: Path, ticktune: Run, tmp_path: Path) -> None:
     base = pretrain.transcript_model(data_folder, tmp_path / "base", pretrain.small_wav2vec2())
     for split in ("train", "validation", "test"):
