@@ -248,11 +248,11 @@ types that `AutoModel` of transformers {transformers} knows, without the table:"
 
 MEANING = """\
 *exact*: all floating outputs for one batch are equal, in float64 to 1e-12 and in float32 to 1e-5 of the largest, and
-the stock class loads the folder without a remark. The batch is the first that runs. Of the {count} types with a config
-of their own it reaches every block, but for experts that no token is sent to. Of the types with inner models (towers
-of images, sound and text) it is text alone as a rule: then the outputs say nothing of the other towers, whose ticks
-are compared with the wider blocks value by value all the same. `ticktune export --merge` and `ticktune.merge` count
-the ticks that the compared rows reach, and name the others."""
+the stock class loads the folder without a remark. The batch is the first that runs, and the outputs say nothing of
+blocks that it does not reach: experts that no token is sent to, and, of types with inner models (towers of images,
+sound and text), towers that it holds nothing for, as it is text alone where that runs. Ticks of such blocks are
+compared with the wider blocks value by value all the same. `ticktune export --merge` and `ticktune.merge` count the
+ticks that the compared rows reach, and name the others. {count} of the exact types have no inner model."""
 
 REFUSED = """\
 ### What was refused, and why
