@@ -1,5 +1,6 @@
 """The command line: parse, call a verb (imported inside its command), print, exit code."""
 
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -39,6 +40,15 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Precision(StrEnum):
+    """Arithmetic of matrix products."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class PadTo(StrEnum):
     """What merged widths are multiples of."""
 
@@ -56,12 +66,27 @@ class Express(StrEnum):
     llama = "llama"
 
 
+def _device(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", value):
+        raise UsageError(f"expected auto, cpu, cuda or cuda:N, found {value}", where="--device")
+    return value
+
+
 Target = Annotated[
     str | None,
     typer.Argument(
         metavar="[RUN|RECIPE|DIR]",
         help="A run, its recipe, an adapter or a merged folder; default: the newest complete run under ./runs.",
     ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute; default: as in training.", callback=_device
+    ),
+]
+PrecisionOption = Annotated[
+    Precision | None, typer.Option("--precision", help="Arithmetic of matrix products; default: as in training.")
 ]
 BaseOption = Annotated[str | None, typer.Option("--base", help="The base model, where the recorded one is not found.")]
 
@@ -117,6 +142,8 @@ def evaluate(
         typer.Option("--max", metavar="METRIC=VALUE", help="Exit 9 when the metric is above."),
     ] = None,
     base: BaseOption = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Print the metrics of a run, an adapter or a merged folder."""
     from ticktune import run
@@ -127,6 +154,8 @@ def evaluate(
         split=split.value if split else None,
         data=data,
         base=base,
+        device=device,
+        precision=precision.value if precision else None,
         minimums=minimum or [],
         maximums=maximum or [],
     )
@@ -143,6 +172,8 @@ def predict(
         ),
     ] = None,
     base: BaseOption = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
     draw: Annotated[
         Path | None, typer.Option("--draw", metavar="DIR", help="Also draw each prediction, as a picture in DIR.")
     ] = None,
@@ -150,7 +181,15 @@ def predict(
     """Print one prediction a row; JSON lines when piped."""
     from ticktune import run
 
-    run.predict_rows(words or [], context.obj["console"], standard_input=_standard_input, base=base, draw=draw)
+    run.predict_rows(
+        words or [],
+        context.obj["console"],
+        standard_input=_standard_input,
+        base=base,
+        device=device,
+        precision=precision.value if precision else None,
+        draw=draw,
+    )
 
 
 @app.command()

@@ -52,18 +52,20 @@ class Compute:
         }
 
 
-def choose_compute(device: str, precision: str) -> Compute:
+def choose_compute(
+    device: str, precision: str, *, named: tuple[str, str] = ("training.device", "training.precision")
+) -> Compute:
     """Turns the recipe's ``training.device`` and ``training.precision`` into a :class:`Compute`.
 
     Args:
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``auto`` (bf16 where the device has it, else fp16 on CUDA and fp32 on a CPU), ``fp32``,
             ``bf16`` or ``fp16``.
+        named: What the two are called where they were asked for.
 
     Raises:
         RecipeError: The device is not there, or it cannot do the precision.
     """
-    where = "training.device"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
@@ -72,8 +74,8 @@ def choose_compute(device: str, precision: str) -> Compute:
         if (chosen.index or 0) >= count:
             raise RecipeError(
                 f"{device} is not there: this machine has {count} CUDA devices",
-                where=where,
-                fix="use training.device=cpu, or auto",
+                where=named[0],
+                fix=f"use {named[0]}=cpu, or auto",
             )
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         can: dict[str, bool] = {"fp32": True, "bf16": has_bf16, "fp16": True}
@@ -89,7 +91,7 @@ def choose_compute(device: str, precision: str) -> Compute:
         reason = "has no native bfloat16 arithmetic" if precision == "bf16" else "has no float16 arithmetic"
         raise RecipeError(
             f"{precision} is not possible: this {'GPU' if chosen.type == 'cuda' else 'CPU'} {reason}",
-            where="training.precision",
+            where=named[1],
             fix=f"use one of: {names}, or auto",
         )
     return Compute(chosen, precision)  # type: ignore[arg-type]

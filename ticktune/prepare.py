@@ -201,7 +201,8 @@ def load_target(
     target: Target,
     *,
     base: str | None = None,
-    compute: Compute | None = None,
+    device: str | None = None,
+    precision: str | None = None,
     dtype: str | None = None,
     full_precision: bool = False,
 ) -> Loaded:
@@ -210,7 +211,8 @@ def load_target(
     Args:
         target: From :func:`ticktune.folder.find_target`.
         base: The base, where the recorded one cannot be found.
-        compute: Device and precision; None: the run's own.
+        device: Where to compute, as ``training.device`` says it; None: as in training.
+        precision: As ``training.precision`` says it; None: as in training.
         dtype: How weights are held; None: as in training.
         full_precision: Do not quantise the base, though training did.
 
@@ -223,9 +225,12 @@ def load_target(
     if base is not None and target.kind == "merged":
         raise UsageError("a merged folder needs no base", where="--base")
     loaded = target.recipe()
-    if compute is None:
-        training = loaded.recipe.training if loaded else None
-        compute = choose_compute(*((training.device, training.precision) if training else ("auto", "auto")))
+    trained = (loaded.recipe.training.device, loaded.recipe.training.precision) if loaded else ("auto", "auto")
+    named = (
+        "--device" if device or not loaded else "training.device",
+        "--precision" if precision else "training.precision",
+    )
+    compute = choose_compute(device or trained[0], precision or trained[1], named=named)
     facts = facts_of(target)
     if facts.task is None or facts.model_class is None:
         raise UsageError(

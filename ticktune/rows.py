@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ticktune.data.batches import micro_batches
 from ticktune.data.media import SUFFIXES as MEDIA
 from ticktune.data.read import SUFFIXES, Rows, build_rows, text_lines
-from ticktune.device import Compute
 from ticktune.errors import BaseModelError, DataError, RecipeError, UsageError
 from ticktune.evaluate import compute_metrics, logits_of
 from ticktune.export.save import Evidence, drift_of
@@ -115,13 +114,12 @@ def _file_among(words: Sequence[str]) -> Path | None:
     return None
 
 
-def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
+def evidence_of(rows: Rows, used: Loaded) -> Evidence:
     """Computes what a merged folder must reproduce.
 
     Args:
         rows: Rows with answers.
         used: Base and adapter, float32 or wider.
-        compute: Where to compute.
     """
     task = used.task
     examples = encode(task, rows, used.processor_files)
@@ -132,7 +130,7 @@ def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
     for numbers in micro_batches(range(min(len(examples), _VERIFY_ROWS)), _VERIFY_BATCH):
         batch = task.collate(examples.take(numbers))
         with watched_ticks(used.model) as now:
-            [logits] = logits_of(used.model, task, [batch], compute)
+            [logits] = logits_of(used.model, task, [batch], used.compute)
         values += logits.numel()
         if values > _VERIFY_VALUES and batches:
             break
@@ -140,7 +138,7 @@ def evidence_of(rows: Rows, used: Loaded, compute: Compute) -> Evidence:
         ours.append(logits)
         ran = {key: ran.get(key, False) or has_run for key, has_run in now.items()}
     with _without_ticks(used.model):
-        base = logits_of(used.model, task, batches, compute)
+        base = logits_of(used.model, task, batches, used.compute)
 
     def metrics(logits: Sequence[Tensor]) -> dict[str, float]:
         found = task.metrics()

@@ -22,7 +22,6 @@ from ticktune.base import (
 )
 from ticktune.console import Console, duration, figure, table_of
 from ticktune.data.read import Rows
-from ticktune.device import Compute
 from ticktune.errors import (
     ExportError,
     Interrupted,
@@ -148,6 +147,8 @@ def evaluate(
     split: str | None = None,
     data: Path | None = None,
     base: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
     minimums: Sequence[str] = (),
     maximums: Sequence[str] = (),
 ) -> None:
@@ -159,6 +160,8 @@ def evaluate(
         split: ``train``, ``validation`` or ``test``; None: test, else validation.
         data: A file with answers, instead of a split.
         base: The base, where the recorded one cannot be found.
+        device: As ``training.device``; None: as in training.
+        precision: As ``training.precision``; None: as in training.
         minimums: ``metric=value``: at least.
         maximums: ``metric=value``: at most.
 
@@ -171,7 +174,7 @@ def evaluate(
     _say_target(target, target_name, console)
     bounds = [_bound(text, True) for text in minimums] + [_bound(text, False) for text in maximums]
     rows, name = evaluation_rows(target, split, data)
-    used = load_target(target, base=base)
+    used = load_target(target, base=base, device=device, precision=precision)
     _warn_stand_in(used, console)
     known = list(used.task.metrics())
     for metric, _, at_least in bounds:
@@ -201,6 +204,8 @@ def predict_rows(
     *,
     standard_input: Callable[[], bytes],
     base: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
     draw: Path | None = None,
 ) -> None:
     """Prints one prediction a row.
@@ -210,6 +215,8 @@ def predict_rows(
         console: Where to print.
         standard_input: Reads it.
         base: The base, where the recorded one cannot be found.
+        device: As ``training.device``; None: as in training.
+        precision: As ``training.precision``; None: as in training.
         draw: A folder that receives each prediction as a picture, named by the row's own picture and its number.
 
     Raises:
@@ -220,7 +227,7 @@ def predict_rows(
     target = find_target(words[0] if named else None)
     _say_target(target, words[0] if named else None, console)
     words = words[1:] if named else words
-    used = load_target(target, base=base)
+    used = load_target(target, base=base, device=device, precision=precision)
     _warn_stand_in(used, console)
     rows = prediction_rows(words, used, standard_input)
     examples = encode(used.task, rows, used.processor_files, labelled=False)
@@ -336,12 +343,11 @@ def _export_merged(target: Target, wanted: _Wanted, console: Console, signals: S
     if split == "train":
         console.note("there are no test or validation rows: the merged folder is compared on training rows")
     check_writable(place.absolute().parent)
-    fp32 = Compute(torch.device("cpu"), "fp32")
     work = merging_dtype(files)
-    used = load_target(target, base=wanted.base, compute=fp32, dtype=work, full_precision=True)
+    used = load_target(target, base=wanted.base, device="cpu", precision="fp32", dtype=work, full_precision=True)
     _warn_stand_in(used, console)
     signals.poll()
-    evidence = evidence_of(rows, used, fp32)
+    evidence = evidence_of(rows, used)
     signals.poll()
     trained_on = drift_from_training(target, wanted.base, evidence)
     signals.poll()
