@@ -55,6 +55,7 @@ from ticktune.prepare import (
 from ticktune.quantize import MERGE_WAY_OUT
 from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.recipe.load import LoadedRecipe
+from ticktune.recipe.schema import Recipe
 from ticktune.registry import TASKS
 from ticktune.rows import drift_from_training, evaluation_rows, evidence_of, prediction_rows
 from ticktune.session import Session, begin, recipe_identity
@@ -103,21 +104,7 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
         signals.poll()
     except StopAsked as stop:
         raise Interrupted("stopped before the first step", signal_number=stop.number) from None
-    ticks, norms = recipe.ticks, recipe.norms
-    attach(
-        model,
-        ticks.dim,
-        ticks.layers,
-        norms.train,
-        form=ticks.form,
-        dropout=ticks.dropout,
-        norm_layers=norms.layers,
-        head=recipe.head.train,
-        fresh=fresh,
-        experts=ticks.experts,
-        unshare=ticks.unshare,
-        seed=recipe.training.seed,
-    )
+    attach_as(recipe, model, fresh)
     for note in attachment_of(model).layout.notes:
         console.note(note)
     obstacle = merge_obstacle(attachment_of(model).layout, attachment_of(model).plan)
@@ -133,6 +120,31 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
 
     begin(prepared, model, run)
     Session(prepared, model, run, console, signals).go()
+
+
+def attach_as(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> None:
+    """Attaches what a recipe asks for; see :func:`ticktune.patch.attach.attach`.
+
+    Args:
+        recipe: Its ``ticks``, ``norms`` and ``head``.
+        model: The base.
+        fresh: Parameters that the base's files lack.
+    """
+    ticks, norms = recipe.ticks, recipe.norms
+    attach(
+        model,
+        ticks.dim,
+        ticks.layers,
+        norms.train,
+        form=ticks.form,
+        dropout=ticks.dropout,
+        norm_layers=norms.layers,
+        head=recipe.head.train,
+        fresh=fresh,
+        experts=ticks.experts,
+        unshare=ticks.unshare,
+        seed=recipe.training.seed,
+    )
 
 
 def _check_trainable(model: nn.Module) -> None:
