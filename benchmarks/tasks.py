@@ -57,14 +57,14 @@ class Entry(NamedTuple):
 MINILM, SMALL = 3e-4, 1e-3
 ENTRIES: dict[str, Entry] = {
     "entities": Entry(cases.entities, "WNUT 17, 640 posts with names", "MiniLM-L6", MINILM),
-    "questions": Entry(cases.questions, "SQuAD, 1,600 questions after numbers, in sentences", "MiniLM-L6", MINILM),
+    "questions": Entry(cases.questions, "SQuAD, 800 questions to sentences", "MiniLM-L6", MINILM),
     "translation": Entry(cases.translation, "Multi30k, 3,500 captions", "BART, 0.3M, a denoiser", SMALL),
     "arithmetic": Entry(cases.arithmetic, "320 made questions", "stories260K", SMALL),
-    "domain": Entry(cases.domain, "half of tiny Shakespeare", "BERT, 0.6M, of the other half", SMALL),
+    "domain": Entry(cases.domain, "tiny Shakespeare, 4,800 windows", "BERT, 0.7M, of captions", SMALL),
     "similarity": Entry(cases.similarity, "STS-B, 1,000 pairs", "MiniLM-L6", MINILM),
     "clicks": Entry(cases.clicks, "MovieLens, 1,600 candidates", "MiniLM-L6", MINILM),
     "digits": Entry(cases.digits, "MNIST, 2,000 pictures", "ViT, 0.1M, of digits 0 to 4", SMALL),
-    "scenes": Entry(cases.scenes, "COCO, 100 pictures", "SegFormer, 0.2M, of coarse parts", SMALL),
+    "scenes": Entry(cases.scenes, "COCO, 100 pictures", "SegFormer, 0.2M, of digits 0 to 4", SMALL),
     "objects": Entry(cases.objects, "3,000 composed scenes", "DETR, 0.3M, of digits 0 to 4", SMALL),
     "spoken": Entry(cases.spoken, "FSDD, 240 recordings", "wav2vec 2.0, 0.5M, of digits 0 to 4", SMALL),
     "transcripts": Entry(cases.transcripts, "FSDD, 240 recordings", "wav2vec 2.0, 0.5M, of digits 0 to 4", SMALL),

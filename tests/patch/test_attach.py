@@ -341,6 +341,19 @@ def test_float32_head_on_a_bfloat16_body_runs() -> None:
     assert model.classifier.weight.grad.dtype == torch.float32
 
 
+def test_a_head_with_a_batch_norm_runs_on_a_bfloat16_body_and_comes_back() -> None:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    small = {"depths": [1, 1], "hidden_sizes": [8, 16], "sr_ratios": [2, 1], "num_attention_heads": [1, 2]}
+    small |= {"patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 8}
+    model = SegformerForSemanticSegmentation(SegformerConfig(num_encoder_blocks=2, num_labels=3, **small)).eval()
+    model = attach(model.to(torch.bfloat16), 4, head=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.rand(1, 3, 32, 32, dtype=torch.bfloat16)).logits.sum().backward()
+    assert model.decode_head.batch_norm.weight.grad is not None
+    assert detach(model).decode_head.batch_norm.running_mean.dtype == torch.bfloat16
+
+
 def test_second_attach_is_refused_and_possible_after_detach() -> None:
     model = attach(_build("bert"), 4)
     with pytest.raises(PatchError, match="has ticks already"):

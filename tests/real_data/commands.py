@@ -1,12 +1,18 @@
 """The command line as the real-data tests use it, and programs that know nothing of ticktune."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import Run
+from tests.real_data.bootstrap import interval
+from tests.real_data.cases import Case, Row
 
 
 def trained(ticktune: Run, recipe: Path, words: list[str], folder: Path) -> dict[str, Any]:
@@ -15,8 +21,8 @@ def trained(ticktune: Run, recipe: Path, words: list[str], folder: Path) -> dict
 
 
 def predicted(ticktune: Run, run: str, rows: Path | str, folder: Path) -> list[dict[str, Any]]:
-    """A run's prediction of each row of a file."""
-    done = ticktune("predict", run, rows, cwd=folder)
+    """A run's prediction of each row of a file, in full precision as the stock programs have it."""
+    done = ticktune("predict", run, rows, "--precision", "fp32", cwd=folder)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -48,3 +54,51 @@ def stock(program: str, *words: Path | str, lines: list[Any]) -> list[Any]:
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def better_than_the_head(case: Case, ticktune: Run, folder: Path) -> list[Row]:
+    """Trains ours, and the head alone on the same rows; ours must be better on the test rows, whose answers it returns.
+
+    That is: the 95 % interval of the rows' mean gain, by a paired bootstrap, excludes 0.
+    """
+    rows = case.file(folder)
+    ours, alone = case.ours(), case.alone()
+    trained(ticktune, case.path, [*ours, "data.validation=null", "output=ours"], folder)
+    answers = predicted(ticktune, "ours", rows, folder)
+    trained(forked, case.path, [*alone, "data.validation=null", "output=head"], folder)
+    assert_better(case, predicted(forked, "head", rows, folder), answers)
+    return answers
+
+
+def assert_better(case: Case, before: Sequence[Row], after: Sequence[Row]) -> None:
+    """The second answers are better than the first ones, by more than chance."""
+    first, second = case.scores(before), case.scores(after)
+    gain, low, high = interval(first, second)
+    means = [sum(scores) / len(scores) for scores in (first, second)]
+    sys.stderr.write(f"{case.recipe}: {means[0]:.3f} -> {means[1]:.3f}, {gain:+.3f} [{low:.3f}, {high:.3f}]\n")
+    assert low > 0, (case.recipe, means, gain, low, high)
+
+
+def forked(*words: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """The command line in a copy of this process, whose imports are done: for what a run is only compared with."""
+    from ticktune.cli import entry
+
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                os.chdir(cwd)
+                sys.stdin, sys.stdout, sys.stderr = open(os.devnull), out, err
+                warnings.simplefilter("ignore")
+                code = entry([str(word) for word in words])
+                out.flush()
+                err.flush()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
+    return subprocess.CompletedProcess([*map(str, words)], code, *texts)

@@ -50,29 +50,28 @@ def digits(folder: Path, split: str, names: str) -> tuple[list[Path], Tensor]:
     return [path for path, _ in files], torch.tensor([label for _, label in files])
 
 
-def image_model(data: Path, target: Path, config: Any, *, size: int, steps: int = 250) -> Path:
+def image_model(data: Path, target: Path, config: Any, processor: Any, *, steps: int = 250) -> Path:
     """Trains an image classifier of any architecture on the digits 0 to 4, and saves its body and image processor.
 
     Args:
         data: Folder of the data sets.
         target: Where the model is saved.
-        config: Of a small model for pictures of ``size`` x ``size``.
-        size: Pixels.
+        config: Of a small model.
+        processor: The image processor.
         steps: Of training.
     """
     from PIL import Image
-    from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+    from transformers import AutoModelForImageClassification
 
     torch.manual_seed(0)
     config.num_labels = 5
     model = AutoModelForImageClassification.from_config(config)
-    processor = ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     paths, labels = digits(data, "train", "01234")
     images = [Image.open(path).convert("RGB") for path in paths]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
 
     def batches() -> Batches:
-        for rows in shuffled(len(labels), 32, 0):
+        for rows in shuffled(len(labels), 32, int(torch.randint(1 << 30, ()))):
             yield {"pixel_values": pixels[rows], "labels": labels[rows]}
 
     learn(model, batches, steps)
@@ -134,62 +133,6 @@ def denoiser(data: Path, target: Path, *, steps: int = 400) -> Path:
     learn(model, batches, steps, lr=4e-3)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    return target
-
-
-def segmentation_model(data: Path, target: Path, classes: dict[str, list[int]], *, size: int, steps: int = 200) -> Path:
-    """Trains a small SegFormer on the scenes' coarse parts, and saves its encoder and image processor.
-
-    It learns to tell sky, what lies below and what stands between; what those things are is for the fine-tuning.
-
-    Args:
-        data: Folder of the data sets.
-        target: Where the model is saved.
-        classes: Of the fine-tuning; the first four are things, the next are surroundings.
-        size: Pixels of a picture's sides.
-        steps: Of training.
-    """
-    import numpy as np
-    from PIL import Image
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
-
-    torch.manual_seed(0)
-    coarse = {"sky": ["sky"], "below": ["ground", "water"], "upright": ["plant", "building"]}
-    table = np.full(256, len(coarse))
-    table[0] = 255
-    for number, names in enumerate(coarse.values()):
-        table[[value for name in names for value in classes[name]]] = number
-    config = SegformerConfig(
-        num_encoder_blocks=3,
-        depths=[1, 2, 2],
-        sr_ratios=[4, 2, 1],
-        hidden_sizes=[16, 32, 64],
-        patch_sizes=[7, 3, 3],
-        strides=[4, 2, 2],
-        num_attention_heads=[1, 2, 4],
-        mlp_ratios=[2, 2, 2],
-        decoder_hidden_size=32,
-        drop_path_rate=0.0,
-        classifier_dropout_prob=0.0,
-        num_labels=len(coarse) + 1,
-    )
-    model = SegformerForSemanticSegmentation(config)
-    processor = SegformerImageProcessorPil(size={"height": size, "width": size})
-    folder = data / "coco_semseg"
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    images = [Image.open(folder / row["image"]).convert("RGB") for row in rows]
-    masks = [Image.fromarray(table[np.array(Image.open(folder / row["mask"]))].astype("uint8")) for row in rows]
-    batch = processor(images, segmentation_maps=masks, return_tensors="pt")
-    pixels, labels = batch["pixel_values"], batch["labels"]
-
-    def batches() -> Batches:
-        for number, chosen in enumerate(shuffled(len(rows), 10, 0)):
-            turn = (lambda x: x.flip(-1)) if number % 2 else (lambda x: x)
-            yield {"pixel_values": turn(pixels[chosen]), "labels": turn(labels[chosen])}
-
-    learn(model, batches, steps, lr=2e-3)
-    model.base_model.save_pretrained(target)
-    processor.save_pretrained(target)
     return target
 
 
@@ -405,7 +348,7 @@ def transcript_model(data: Path, target: Path, config: Any, *, steps: int = 300)
 
 
 def masked_model(data: Path, target: Path, *, steps: int = 300) -> Path:
-    """Trains a small BERT and its WordPiece tokenizer on the first half of Shakespeare, and saves both.
+    """Trains a small BERT on English captions, and saves it with a WordPiece tokenizer that knows Shakespeare's too.
 
     It learns which words are frequent and a little of what stands beside them: real, at the scale of half a megabyte.
 
@@ -418,14 +361,14 @@ def masked_model(data: Path, target: Path, *, steps: int = 300) -> Path:
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
     torch.manual_seed(0)
-    text = (data / "tinyshakespeare/train.txt").read_text(encoding="utf-8")
-    text = text[: len(text) // 2]
+    texts = [english for english, _ in captions(data, "train", 0, 10000)]
+    plays = (data / "tinyshakespeare/train.txt").read_text(encoding="utf-8").split("\n")
     inner = BertWordPieceTokenizer(lowercase=True)
-    inner.train_from_iterator(text.split("\n"), vocab_size=1500, show_progress=False)
+    inner.train_from_iterator([*texts, *plays], vocab_size=2000, show_progress=False)
     target.mkdir(parents=True, exist_ok=True)
     inner.save(str(target / "tokenizer.json"))
     tokenizer = BertTokenizerFast(tokenizer_file=str(target / "tokenizer.json"))
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = torch.tensor(tokenizer(" ".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
     windows = ids[: len(ids) // 62 * 62].view(-1, 62)
     ends = [torch.full((len(windows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
     windows = torch.cat([ends[0], windows, ends[1]], dim=1)

@@ -63,6 +63,7 @@ class Attachment:
         norms: Norm key -> module.
         frozen_norms: Norm parameter key -> the base's own tensor.
         frozen_head: Head parameter name -> the base's own tensor, in the base's dtype.
+        head_buffers: (module, name, the base's own tensor) of buffers beside trained head parameters.
         handles: Hooks to remove.
         required_grad: Base parameters that required a gradient before.
         shared: What the layers shared before ``unshare``, or None.
@@ -74,6 +75,7 @@ class Attachment:
     norms: dict[str, nn.Module] = field(default_factory=dict)
     frozen_norms: dict[str, nn.Parameter] = field(default_factory=dict)
     frozen_head: dict[str, nn.Parameter] = field(default_factory=dict)
+    head_buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
     required_grad: list[str] = field(default_factory=list)
     shared: Shared | None = None
@@ -233,6 +235,11 @@ def _change(model: nn.Module, record: Attachment, dropout: float, seed: int) -> 
         owners[id(owner)] = owner
     for owner in owners.values():
         record.handles.append(owner.register_forward_pre_hook(_in_own_dtype))
+        # A batch norm of float32 parameters wants its running statistics so too.
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                record.head_buffers.append((owner, name, buffer))
+                setattr(owner, name, buffer.float())
 
 
 def _change_back(model: nn.Module, record: Attachment) -> None:
@@ -247,6 +254,8 @@ def _change_back(model: nn.Module, record: Attachment) -> None:
     for name, tensor in record.frozen_head.items():
         owner, leaf = _owner(model, name)
         setattr(owner, leaf, tensor)
+    for owner, name, buffer in record.head_buffers:
+        setattr(owner, name, buffer)
     for name in record.required_grad:
         model.get_parameter(name).requires_grad_(True)
 
