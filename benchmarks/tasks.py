@@ -65,7 +65,7 @@ ENTRIES: dict[str, Entry] = {
     "clicks": Entry(cases.clicks, "MovieLens, 1,600 candidates", "MiniLM-L6", MINILM),
     "digits": Entry(cases.digits, "MNIST, 2,000 pictures", "ViT, 0.1M, of digits 0 to 4", SMALL),
     "scenes": Entry(cases.scenes, "COCO, 100 pictures", "SegFormer, 0.2M, of digits 0 to 4", SMALL),
-    "objects": Entry(cases.objects, "3,000 composed scenes", "DETR, 0.3M, of digits 0 to 4", SMALL),
+    "objects": Entry(cases.objects, "2,000 composed scenes of digits 5 to 9", "DETR, 0.3M, of digits 0 to 4", SMALL),
     "spoken": Entry(cases.spoken, "FSDD, 240 recordings", "wav2vec 2.0, 0.5M, of digits 0 to 4", SMALL),
     "transcripts": Entry(cases.transcripts, "FSDD, 240 recordings", "wav2vec 2.0, 0.5M, of digits 0 to 4", SMALL),
 }

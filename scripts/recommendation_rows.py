@@ -4,16 +4,19 @@
 
 FOLDER holds movies.csv and ratings as train.csv, validation.csv and test.csv, or as one ratings.csv, with the columns
 userId, movieId, rating and timestamp (ml-latest-small). OUTPUT gets train.jsonl, validation.jsonl and test.jsonl with
-the columns history, candidate and liked: titles with their genres, and 1 where the rating is 4 or more, else 0.
+the columns history and candidate (titles with their genres), taste and fame (which share of the films the person
+liked until then, and of people this film, in tens of per cent, or "unknown"), and liked: 1 where the rating is 4 or
+more, else 0.
 
 No row knows the future. All ratings stand in the order of time; the first 80 % of the time line are training rows, the
-next 10 % validation, the last 10 % test; and a history holds only what the same person liked strictly before the
-candidate was rated. Ratings without any history are left out. --limit thins the training part out to about so many
+next 10 % validation, the last 10 % test; and a history, taste and fame know only what was rated strictly before the
+candidate. Ratings without any history are left out. --limit thins the training part out to about so many
 rows, evenly over time, and the other parts to an eighth as many each.
 """
 
 import argparse
 import csv
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -53,18 +56,36 @@ def rows_of(ratings: list[tuple[int, str, str, float]], movies: dict[str, str], 
         movies: Movie -> title and genres.
         history: How many of the last liked movies a row names, the newest last.
     """
-    liked: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    liked: dict[str, list[str]] = defaultdict(list)
+    tastes: dict[str, list[bool]] = defaultdict(list)
+    fames: dict[str, list[bool]] = defaultdict(list)
     rows: list[dict[str, Any]] = []
-    for time, user, movie, rating in ratings:
+    for time, group in itertools.groupby(ratings, key=lambda rating: rating[0]):
         # Ratings of one second are entered together: none of them is known before the others.
-        before = [movies[name] for at, name in liked[user] if at < time and name in movies][-history:]
-        if before and movie in movies:
-            rows.append(
-                {"time": time, "history": "; ".join(before), "candidate": movies[movie], "liked": int(rating >= LIKED)}
-            )
-        if rating >= LIKED:
-            liked[user].append((time, movie))
+        together = [one for one in group if one[2] in movies]
+        for _, user, movie, rating in together:
+            if liked[user]:
+                rows.append(
+                    {
+                        "time": time,
+                        "history": "; ".join(movies[name] for name in liked[user][-history:]),
+                        "taste": share(tastes[user]),
+                        "candidate": movies[movie],
+                        "fame": share(fames[movie]),
+                        "liked": int(rating >= LIKED),
+                    }
+                )
+        for _, user, movie, rating in together:
+            tastes[user].append(rating >= LIKED)
+            fames[movie].append(rating >= LIKED)
+            if rating >= LIKED:
+                liked[user].append(movie)
     return rows
+
+
+def share(answers: list[bool]) -> str:
+    """The share of yes, in tens of per cent; "unknown" of fewer than three."""
+    return "unknown" if len(answers) < 3 else f"{round(10 * sum(answers) / len(answers)) * 10} %"
 
 
 def split(ratings: list[Any], rows: list[dict[str, Any]], limit: int | None) -> dict[str, list[dict[str, Any]]]:

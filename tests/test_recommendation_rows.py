@@ -33,9 +33,19 @@ def test_a_history_holds_only_what_the_same_person_liked_strictly_before(script:
         (5, "a", "6", 3.5),
     ]
     assert script.rows_of(ratings, MOVIES, 2) == [
-        {"time": 3, "history": "m1; m2", "candidate": "m4", "liked": 0},
-        {"time": 4, "history": "m1; m2", "candidate": "m5", "liked": 1},
-        {"time": 5, "history": "m2; m5", "candidate": "m6", "liked": 0},
+        {"time": 3, "history": "m1; m2", "taste": "unknown", "candidate": "m4", "fame": "unknown", "liked": 0},
+        {"time": 4, "history": "m1; m2", "taste": "70 %", "candidate": "m5", "fame": "unknown", "liked": 1},
+        {"time": 5, "history": "m2; m5", "taste": "80 %", "candidate": "m6", "fame": "unknown", "liked": 0},
+    ]
+
+
+def test_fame_is_what_others_said_strictly_before(script: ModuleType) -> None:
+    ratings = [(1, user, "1", 5.0 if user in "abc" else 1.0) for user in "abcd"]
+    ratings += [(2, "a", "1", 5.0), (2, "b", "1", 1.0), (3, "a", "1", 1.0)]
+    assert [(row["time"], row["fame"]) for row in script.rows_of(ratings, MOVIES, 2)] == [
+        (2, "80 %"),
+        (2, "80 %"),
+        (3, "70 %"),
     ]
 
 

@@ -179,7 +179,7 @@ def digit_scenes(data: Path, target: Path, split: str, names: str, count: int, *
     return target
 
 
-def detection_model(data: Path, folder: Path, *, size: int, steps: int = 1700) -> Path:
+def detection_model(data: Path, folder: Path, *, size: int, steps: int = 1100) -> Path:
     """Trains a small DETR on scenes of the digits 0 to 4, and saves it whole, with its image processor.
 
     Args:
@@ -194,7 +194,7 @@ def detection_model(data: Path, folder: Path, *, size: int, steps: int = 1700) -
     from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessorPil, ResNetConfig
 
     torch.manual_seed(0)
-    scenes = digit_scenes(data, folder / "pretraining", "train", "01234", 6000, size=size, seed=1)
+    scenes = digit_scenes(data, folder / "pretraining", "train", "01234", 4000, size=size, seed=1)
     rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text().splitlines()]
     processor = DetrImageProcessorPil(size={"height": size, "width": size}, do_pad=False)
     images = [Image.open(scenes / row["file_name"]) for row in rows]
@@ -227,10 +227,10 @@ def detection_model(data: Path, folder: Path, *, size: int, steps: int = 1700) -
     model = DetrForObjectDetection(config)
 
     def batches() -> Batches:
-        for chosen in shuffled(len(rows), 32, 0):
+        for chosen in shuffled(len(rows), 32, int(torch.randint(1 << 30, ()))):
             yield {"pixel_values": pixels[chosen], "labels": [labels[i] for i in chosen]}  # type: ignore[dict-item]
 
-    learn(model, batches, steps)
+    learn(model, batches, steps, lr=1.5e-3)
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     return folder / "base"

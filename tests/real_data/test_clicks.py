@@ -15,8 +15,10 @@ import json, sys
 from transformers import pipeline
 classify = pipeline("text-classification", sys.argv[1])
 for row in map(json.loads, sys.stdin):
-    print(json.dumps(classify({"text": "liked: " + row["history"], "text_pair": row["candidate"]}, top_k=None,
-                              truncation=True, max_length=64)))
+    text = f"likes {row['taste']} of films, of late: {row['history']}"
+    pair = f"liked by {row['fame']} of people: {row['candidate']}"
+    found = classify({"text": text, "text_pair": pair}, top_k=None, truncation=True, max_length=64)
+    print(json.dumps(found))
 """
 
 
