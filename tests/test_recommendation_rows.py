@@ -75,7 +75,13 @@ def test_the_program_reads_a_folder_and_writes_rows(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0] == "train: 22 rows, 68.2 % liked"
     first = json.loads((tmp_path / "rows/train.jsonl").read_text().splitlines()[0])
-    assert first == {"history": "B", "candidate": "A, The (1990), drama, war", "liked": 1}
+    assert first == {
+        "history": "B",
+        "taste": "unknown",
+        "candidate": "A, The (1990), drama, war",
+        "fame": "unknown",
+        "liked": 1,
+    }
 
 
 def test_a_folder_without_ratings_is_refused(tmp_path: Path) -> None:

@@ -90,14 +90,14 @@ def entities(data: Path, folder: Path) -> Case:
     source = data / "wnut17"
     train = read_rows(source / "train.jsonl", 640, lambda row: {*row["ner_tags"]} > {"O"})
     words = [f"data.train.path={write_rows(folder / 'train.jsonl', train)}"]
-    words += ["data.validation.limit=200", "data.test.limit=300", "training={steps: 60, batch_size: 16}"]
+    words += ["data.validation.limit=200", "data.test.limit=300", "training={steps: 50, batch_size: 16}"]
 
     def f1(answer: Row, row: Row) -> float:
         guessed, true = (set(spans_of(tags, marked=True)) for tags in (answer["tags"], row["ner_tags"]))
         return 2 * len(guessed & true) / (len(guessed) + len(true)) if guessed | true else 1.0
 
-    rates = {"lr": 1e-3, "norm_lr": 3e-3, "head_lr": 3e-3}
-    return Case("entities", words, rates, 1e-2, read_rows(source / "test.jsonl", 300), f1)
+    rates = {"lr": 2.5e-3, "norm_lr": 7.5e-3, "head_lr": 7.5e-3}
+    return Case("entities", words, rates, 2.5e-2, read_rows(source / "test.jsonl", 300), f1)
 
 
 def questions(data: Path, folder: Path) -> Case:
@@ -105,14 +105,14 @@ def questions(data: Path, folder: Path) -> Case:
     from ticktune.tasks.question_answering import word_f1
 
     files = {name: short_questions(data / "squad_v1_dev" / f"{name}.jsonl") for name in ("train", "validation", "test")}
-    counts = {"train": 800, "validation": 150, "test": 300}
+    counts = {"train": 640, "validation": 150, "test": 250}
     words = []
     for name, rows in files.items():
         words.append(f"data.{name}={write_rows(folder / f'{name}.jsonl', rows[: counts[name]])}")
     words += ["training={epochs: 1, batch_size: 16}", "data.max_length=96", "data.overlap=16"]
-    rates = {"lr": 2e-3, "norm_lr": 5e-3, "head_lr": 3e-3}
+    rates = {"lr": 1e-3, "norm_lr": 2.5e-3, "head_lr": 1.5e-3}
     return Case(
-        "questions", words, rates, 1e-2, files["test"][:300],
+        "questions", words, rates, 1e-2, files["test"][:250],
         lambda answer, row: word_f1(answer["answer"], row["answers"]["text"]),
     )  # fmt: skip
 
@@ -139,14 +139,11 @@ def domain(data: Path, folder: Path) -> Case:
     validation = (source / "validation.txt").read_text(encoding="utf-8")
     (folder / "validation.txt").write_text(validation[:30_000], encoding="utf-8")
     words = [f"base.model={base}", f"data.validation={folder}/validation.txt"]
-    words += ["data.max_length=64", "training={steps: 150, batch_size: 32}"]
-    rows = masked_lines(source / "test.txt", 600)
-
-    def reciprocal_rank(answer: Row, row: Row) -> float:
-        tokens = [filling["token"] for filling in answer["masks"][0]]
-        return 1 / (1 + tokens.index(row["word"])) if row["word"] in tokens else 0.0
-
-    return Case("domain", words, {"lr": 3e-3, "norm_lr": 5e-3}, None, rows, reciprocal_rank)
+    words += ["data.max_length=64", "training={steps: 150, batch_size: 32, precision: fp32}"]
+    # The probability of a word that is no good guess is no part of an answer: the tests ask stock transformers.
+    rows = masked_lines(source / "test.txt", 400)
+    rates = {"lr": 3e-3, "norm_lr": 5e-3}
+    return Case("domain", words, rates, None, rows, lambda answer, row: float(answer["log_probability"]))
 
 
 def masked_lines(path: Path, count: int) -> list[Row]:
@@ -170,7 +167,7 @@ def translation(data: Path, folder: Path) -> Case:
         "data.validation.limit=100",
         "data.test.limit=150",
         "data.max_length=48",
-        "training={batch_size: 32, steps: 100}",
+        "training={batch_size: 32, steps: 100, precision: fp32}",
         "evaluation={metric: chrf, generate: {num_beams: 2, max_new_tokens: 30}}",
     ]
     rows = [{"en": en, "de": de} for en, de in pretrain.captions(data, "test", 0, 150)]
@@ -212,7 +209,7 @@ def arithmetic(models: Path, folder: Path) -> Case:
         f"base.model={models}/stories260K-hf",
         *(f"data.{name}={write_rows(folder / f'{name}.jsonl', part)}" for name, part in parts.items()),
         "data.max_length=128",
-        "training={steps: 80, batch_size: 32}",
+        "training={steps: 80, batch_size: 32, precision: fp32}",
         'evaluation={metric: exact_match, generate: {max_new_tokens: 16, answer: "has ([a-z]+) leg"}}',
     ]
     rates = {"lr": 5e-3, "norm_lr": 1e-2, "p_lr_ratio": 2}
@@ -244,7 +241,7 @@ def clicks(data: Path, folder: Path) -> Case:
     changes += ["data.max_length=64", "training={epochs: 1}"]
     rates = {"lr": 1e-3, "norm_lr": 3e-3, "head_lr": 3e-3}
     return Case(
-        "clicks", changes, rates, 1e-3, read_rows(folder / "test.jsonl"),
+        "clicks", changes, rates, 2.5e-3, read_rows(folder / "test.jsonl"),
         lambda answer, row: math.log(answer["probabilities"][str(row["liked"])]),
     )  # fmt: skip
 
@@ -257,10 +254,10 @@ def digits(data: Path, folder: Path) -> Case:
     config = ViTConfig(**small, image_size=28, patch_size=7)
     processor = ViTImageProcessorPil(size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     base = pretrain.image_model(data, folder / "base", config, processor)
-    words = [f"base.model={base}", "training={batch_size: 25, epochs: 4}"]
+    words = [f"base.model={base}", "training={batch_size: 25, epochs: 4, precision: fp32}"]
     paths, labels = pretrain.digits(data, "test", "0123456789")
     rows = [{"image": str(path), "label": int(label)} for path, label in zip(paths, labels, strict=True)]
-    return Case("digits", words, {"lr": 4e-3, "norm_lr": 6e-3, "head_lr": 1e-2}, 1e-2, rows, right)
+    return Case("digits", words, {"lr": 2e-3, "norm_lr": 4e-3, "head_lr": 5e-3}, 2.5e-2, rows, right)
 
 
 def scenes(data: Path, folder: Path) -> Case:
@@ -278,7 +275,7 @@ def scenes(data: Path, folder: Path) -> Case:
     config = SegformerConfig(num_encoder_blocks=3, **small, **rest)
     processor = SegformerImageProcessorPil(size={"height": 64, "width": 64})
     base = pretrain.image_model(data, folder / "base", config, processor)
-    words = [f"base.model={base}", "training={batch_size: 10, epochs: 15}"]
+    words = [f"base.model={base}", "training={batch_size: 10, epochs: 15, precision: fp32}"]
     source = data / "coco_semseg"
     rows = [
         {name: str(source / path) for name, path in row.items() if name in ("image", "mask")}
@@ -335,7 +332,7 @@ def spoken(data: Path, folder: Path) -> Case:
     words = [
         f"base={{model: {base}, dropout: off}}",
         "data.augment={noise: 0.3, time_mask: 0.2}",
-        "training={epochs: 20, batch_size: 16}",
+        "training={epochs: 20, batch_size: 16, precision: fp32}",
     ]
     rates = {"lr": 1e-2, "p_lr_ratio": 1, "norm_lr": 2e-2, "head_lr": 3e-3}
     rows = [
@@ -359,7 +356,7 @@ def transcripts(data: Path, folder: Path) -> Case:
         f"base={{model: {base}, dropout: off}}",
         *(f"data.{split}={write_rows(folder / f'{split}.jsonl', rows)}" for split, rows in parts.items()),
         "data.columns={audio: audio, text: words}",
-        "training={epochs: 20, batch_size: 16}",
+        "training={epochs: 20, batch_size: 16, precision: fp32}",
     ]
     rates = {"lr": 1e-2, "p_lr_ratio": 1, "norm_lr": 2e-2, "head_lr": 3e-3}
     return Case(

@@ -39,8 +39,12 @@ FILLINGS = """
 import json, sys
 from transformers import pipeline
 fill = pipeline("fill-mask", sys.argv[1])
-for line in sys.stdin:
-    print(json.dumps([{"token": f["token_str"], "probability": f["score"]} for f in fill(json.loads(line)["text"])]))
+for row in map(json.loads, sys.stdin):
+    masks = [{"token": f["token_str"], "probability": f["score"]} for f in fill(row["text"])]
+    inputs = fill.tokenizer(row["text"], return_tensors="pt")
+    word = fill.tokenizer(row["word"], add_special_tokens=False)["input_ids"][0]
+    logits = fill.model(**inputs).logits[0, inputs["input_ids"][0].tolist().index(fill.tokenizer.mask_token_id)]
+    print(json.dumps({"masks": masks, "log_probability": logits.log_softmax(-1)[word].item()}))
 """
 
 
@@ -67,14 +71,13 @@ def test_a_small_bert_learns_more_shakespeare(data_folder: Path, ticktune: Run, 
     assert document["metrics"]["perplexity"] < 0.95 * document["base_metrics"]["perplexity"]
     ours = predicted(ticktune, "ours", case.file(tmp_path), tmp_path)
     before = stock(FILLINGS, tmp_path / "base", lines=case.rows)
-    assert_better(case, [{"masks": [fillings]} for fillings in before], ours)
-
     after = stock(FILLINGS, merged(ticktune, "ours", tmp_path), lines=case.rows)
-    for answer, fillings in zip(ours, after, strict=True):
-        (found,) = answer["masks"]
-        assert [filling["token"] for filling in found] == [filling["token"] for filling in fillings]
-        probabilities = [filling["probability"] for filling in fillings]
-        assert [filling["probability"] for filling in found] == pytest.approx(probabilities, abs=1e-4)
+    assert_better(case, before, after)
+    for answer, found in zip(ours, after, strict=True):
+        (mine,) = answer["masks"]
+        assert [filling["token"] for filling in mine] == [filling["token"] for filling in found["masks"]]
+        probabilities = [filling["probability"] for filling in found["masks"]]
+        assert [filling["probability"] for filling in mine] == pytest.approx(probabilities, abs=1e-4)
 
 
 def test_an_answer_outside_of_its_context_is_named(data_folder: Path, ticktune: Run, tmp_path: Path) -> None:
