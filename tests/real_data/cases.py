@@ -96,7 +96,7 @@ def entities(data: Path, folder: Path) -> Case:
         guessed, true = (set(spans_of(tags, marked=True)) for tags in (answer["tags"], row["ner_tags"]))
         return 2 * len(guessed & true) / (len(guessed) + len(true)) if guessed | true else 1.0
 
-    rates = {"lr": 2.5e-3, "norm_lr": 7.5e-3, "head_lr": 7.5e-3}
+    rates = {"lr": 1e-3, "norm_lr": 3e-3, "head_lr": 7.5e-3}
     return Case("entities", words, rates, 2.5e-2, read_rows(source / "test.jsonl", 300), f1)
 
 
