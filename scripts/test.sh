@@ -7,9 +7,10 @@ export HF_HUB_OFFLINE=1
 ruff format --check .
 ruff check .
 mypy
+chosen=(-m "not slow and not consumers")
 if [ "${1:-}" = "--all" ]; then
   shift
-  python -m pytest "$@"
-else
-  python -m pytest -m "not slow and not consumers" "$@"
+  chosen=()
 fi
+# One worker for each core, on one thread; the tests of a file share fixtures.
+python -m pytest -n auto --dist loadfile "${chosen[@]}" "$@"
