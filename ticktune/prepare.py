@@ -128,7 +128,7 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     for name in ("train", "validation"):
         if name in rows:
             prepared.examples[name] = encode(task, rows[name], base.directory, poll=poll)
-            _say_report(prepared.examples[name], name, task.limit(), console)
+            say_report(prepared.examples[name], name, task.limit(), console)
     return prepared
 
 
@@ -418,7 +418,15 @@ def _warn_overlap(rows: dict[str, Rows], console: Console) -> None:
                 console.warn(f"{both} of the {len(rows[name])} {name} rows ({share:.1f} %) are training rows too")
 
 
-def _say_report(examples: Encoded, name: str, limit: str, console: Console) -> None:
+def say_report(examples: Encoded, name: str, limit: str, console: Console) -> None:
+    """Warns of rows of a split that were cut or left out.
+
+    Args:
+        examples: The split, encoded.
+        name: Its name.
+        limit: What longer examples are cut to; see :meth:`ticktune.tasks.task.Task.limit`.
+        console: Where to warn.
+    """
     report, count = examples.report, len(examples.source)
     if report.truncated:
         share = 100 * len(report.truncated) / count

@@ -51,6 +51,7 @@ from ticktune.prepare import (
     load_target,
     load_trainable,
     prepare,
+    say_report,
 )
 from ticktune.quantize import MERGE_WAY_OUT
 from ticktune.quantize import merge_obstacle as quantized_obstacle
@@ -196,11 +197,13 @@ def evaluate(
     _warn_changed_rows(used, rows, name, console)
     used.task.check(rows.as_list(), rows.where)
     examples = encode(used.task, rows, used.processor_files)
+    say_report(examples, name, used.task.limit(), console)
     metrics = score(used.model, used.task, examples, used.compute, _PREDICT_BATCH)
+    scored = len(rows) - len(examples.report.unsupervised)
     console.result(
-        {"split": name, "rows": len(rows), "metrics": metrics},
+        {"split": name, "rows": scored, "metrics": metrics},
         table_of(metrics.items()),
-        title=f"{target.name}: {name}, {len(rows)} rows",
+        title=f"{target.name}: {name}, {scored} rows",
     )
     for metric, bound, at_least in bounds:
         value = metrics[metric]

@@ -177,6 +177,26 @@ def test_changed_rows_are_said_in_eval(run: Path, capsys: pytest.CaptureFixture[
     assert "has changed" in capsys.readouterr().err
 
 
+def test_cut_rows_are_said_in_eval(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "w1 " * 600, "label": "small"}, {"text": "w2", "label": "large"}]
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert entry(["eval", str(run), "--data", "long.jsonl"]) == 0
+    assert "1 of 2 rows (50.0 %) are longer than" in " ".join(capsys.readouterr().err.split())
+
+
+def test_eval_and_predict_take_another_precision(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = {}
+    for words in ([], ["--precision", "fp32", "--device", "cpu"], ["--precision", "bf16"]):
+        capsys.readouterr()
+        assert entry(["--json", "eval", str(run), *words]) == 0
+        losses[" ".join(words)] = json.loads(capsys.readouterr().out)["metrics"]["loss"]
+    trained, same, rounded = losses.values()
+    assert trained == same != rounded == pytest.approx(same, abs=0.05)
+    (full,), (half,) = (answers(capsys, run, "w1 w31", "--precision", p) for p in ("fp32", "bf16"))
+    assert full["probability"] != half["probability"] == pytest.approx(full["probability"], abs=0.05)
+
+
 @pytest.mark.parametrize("text", ["[]", '{"status": "complete"}', '{"status": "comp'])
 def test_a_damaged_record_is_said_and_hides_no_other_run(
     run: Path, text: str, capsys: pytest.CaptureFixture[str]

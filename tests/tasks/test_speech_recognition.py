@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -385,6 +386,19 @@ def test_what_is_generated_is_scored_and_predicted(write: Write) -> None:
     task.update_by_generation(metrics, model, batch)
     words = sum(edits(text.split(), ["w1", "w2"]) for text in answers)
     assert compute_metrics(metrics)["wer"] == pytest.approx(words / 6)
+
+
+def test_a_merged_folder_knows_the_language(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"begin_suppress_tokens": [1], "lang_to_id": {"<|de|>": 60}}')
+    assert generated().extra_files(tmp_path) == {}
+    several = replace(generated(), options=TaskOptions(("audio", "text"), max_length=16, language="german"))
+    defaults = json.loads(several.extra_files(tmp_path)["generation_config.json"])
+    assert defaults == {
+        "begin_suppress_tokens": [1],
+        "lang_to_id": {"<|de|>": 60},
+        "language": "german",
+        "task": "transcribe",
+    }
 
 
 def test_a_restored_generator_is_the_same() -> None:

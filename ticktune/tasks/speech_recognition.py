@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.errors import DataError
+from ticktune.files import read_json
 from ticktune.tasks.sounds import (
     Convolutions,
     change_sound,
@@ -29,6 +30,7 @@ from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Ta
 
 _PAD, _UNKNOWN, _SPACE = "<pad>", "<unk>", "|"
 _MULTILINGUAL = 51865  # tokens from which on a Whisper knows several languages
+_GENERATION = "generation_config.json"
 _PROMPT = 4  # tokens that Whisper's generation begins with: start, language, task, no timestamps
 
 
@@ -385,6 +387,14 @@ class GeneratedRecognition(_Speech):
     def update_by_generation(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
         """Adds a batch's error rates."""
         self._count_texts(metrics, self._heard(model, batch), batch)
+
+    def extra_files(self, base_directory: Path) -> dict[str, str]:
+        """The base's defaults of generation, with the language: else a pipeline guesses it from each sound."""
+        file = base_directory / _GENERATION
+        if self.options.language is None or not file.is_file():
+            return {}
+        defaults = {**read_json(file), "language": self.options.language, "task": "transcribe"}
+        return {_GENERATION: json.dumps(defaults, indent=2) + "\n"}
 
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """The transcript of each sound."""
