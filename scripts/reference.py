@@ -12,7 +12,7 @@ from typing import Any
 
 from ticktune import errors
 from ticktune.recipe.schema import json_schema
-from ticktune.registry import TASKS
+from ticktune.registry import TASKS, tasks_with
 from ticktune.signals import _NUMBERS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -112,7 +112,8 @@ def _row(schema: dict[str, Any], key: str, entry: dict[str, Any], required: bool
     own = [f"{_yaml(row.defaults[key])} ({task})" for task, row in TASKS.items() if _differs(row.defaults, key, entry)]
     if key == "task":
         value = " or ".join(f"`{task}`" for task in TASKS)
-    return [f"`{key}`", value, "; ".join([default, *own]), _flat(entry["description"])]
+    only = f" Only for {tasks_with(key)}." if tasks_with(key) else ""
+    return [f"`{key}`", value, "; ".join([default, *own]), _flat(entry["description"]) + only]
 
 
 def _differs(defaults: dict[str, Any], key: str, entry: dict[str, Any]) -> bool:

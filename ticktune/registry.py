@@ -19,6 +19,7 @@ class TaskRow:
         processor: What makes a model's inputs of them: ``tokenizer``, ``image`` (pictures), ``audio`` (sound) or
             ``speech`` (sound, and a tokenizer where there is one).
         documents: Whether a txt file is one document, rather than a row a line.
+        keys: Recipe keys that mean something for this task, among those that do not for every one.
         defaults: Recipe keys whose default differs from the schema's, as dotted key -> value.
     """
 
@@ -31,8 +32,20 @@ class TaskRow:
     file_columns: frozenset[str] = frozenset()
     processor: Literal["tokenizer", "image", "audio", "speech"] = "tokenizer"
     documents: bool = False
+    keys: frozenset[str] = frozenset()
     defaults: dict[str, Any] = field(default_factory=dict)
 
+
+def tasks_with(key: str) -> str:
+    """The tasks that a recipe key means something for, in a sentence; empty: all of them."""
+    *others, last = [name for name, row in TASKS.items() if key in row.keys] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+_LOSS = frozenset({"loss.weights", "loss.label_smoothing"})
+_PICTURES = frozenset({"data.augment.flip", "data.augment.crop", "data.augment.jitter"})
+_SOUNDS = frozenset({"data.max_seconds", "data.augment.time_mask", "data.augment.noise"})
+_WRITING = frozenset({"evaluation.generate.max_new_tokens", "evaluation.generate.num_beams"})
 
 TASKS: dict[str, TaskRow] = {
     "text-classification": TaskRow(
@@ -53,6 +66,7 @@ TASKS: dict[str, TaskRow] = {
             "log_loss": False,
             "loss": False,
         },
+        keys=_LOSS | {"problem", "evaluation.threshold"},
     ),
     "token-classification": TaskRow(
         module="ticktune.tasks.token_classification",
@@ -61,6 +75,7 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"tags"}),
         text_columns=frozenset({"text"}),
         metrics={"f1": True, "precision": True, "recall": True, "token_accuracy": True, "loss": False},
+        keys=_LOSS | {"data.overlap"},
     ),
     "question-answering": TaskRow(
         module="ticktune.tasks.question_answering",
@@ -68,6 +83,7 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"answers"}),
         text_columns=frozenset({"question", "context"}),
         metrics={"f1": True, "exact_match": True, "loss": False},
+        keys=frozenset({"loss.label_smoothing", "data.overlap"}),
         defaults={"data.max_length": 384, "data.overlap": 128},
     ),
     "image-classification": TaskRow(
@@ -77,6 +93,7 @@ TASKS: dict[str, TaskRow] = {
         file_columns=frozenset({"image"}),
         processor="image",
         metrics={"accuracy": True, "f1": True, "mcc": True, "auroc": True, "top5": True, "loss": False},
+        keys=_LOSS | _PICTURES,
     ),
     "semantic-segmentation": TaskRow(
         module="ticktune.tasks.semantic_segmentation",
@@ -85,6 +102,7 @@ TASKS: dict[str, TaskRow] = {
         file_columns=frozenset({"image", "mask"}),
         processor="image",
         metrics={"mean_iou": True, "pixel_accuracy": True, "loss": False},
+        keys=_LOSS | _PICTURES | {"data.classes"},
     ),
     "object-detection": TaskRow(
         module="ticktune.tasks.object_detection",
@@ -93,6 +111,7 @@ TASKS: dict[str, TaskRow] = {
         file_columns=frozenset({"image"}),
         processor="image",
         metrics={"map": True, "map50": True, "loss": False},
+        keys=_PICTURES | {"loss.weights", "data.classes", "evaluation.threshold"},
     ),
     "audio-classification": TaskRow(
         module="ticktune.tasks.audio_classification",
@@ -101,6 +120,7 @@ TASKS: dict[str, TaskRow] = {
         file_columns=frozenset({"audio"}),
         processor="audio",
         metrics={"accuracy": True, "f1": True, "mcc": True, "auroc": True, "loss": False},
+        keys=_LOSS | _SOUNDS,
     ),
     "speech-recognition": TaskRow(
         module="ticktune.tasks.speech_recognition",
@@ -110,6 +130,7 @@ TASKS: dict[str, TaskRow] = {
         file_columns=frozenset({"audio"}),
         processor="speech",
         metrics={"wer": False, "cer": False, "loss": False},
+        keys=_SOUNDS | _WRITING | {"loss.label_smoothing", "data.vocabulary", "data.language"},
     ),
     "masked-lm": TaskRow(
         module="ticktune.tasks.masked_lm",
@@ -117,6 +138,7 @@ TASKS: dict[str, TaskRow] = {
         text_columns=frozenset({"text"}),
         documents=True,
         metrics={"perplexity": False, "token_accuracy": True, "loss": False},
+        keys=frozenset({"loss.label_smoothing"}),
         defaults={"data.max_length": 256, "optimizer.lr": 1e-4, "schedule.name": "cosine"},
     ),
     "causal-lm": TaskRow(
@@ -126,6 +148,7 @@ TASKS: dict[str, TaskRow] = {
         text_columns=frozenset({"text", "prompt", "response"}),
         documents=True,
         metrics={"perplexity": False, "token_accuracy": True, "exact_match": True, "loss": False},
+        keys=_WRITING | {"evaluation.generate.answer"},
         defaults={
             "data.max_length": 512,
             "optimizer.lr": 1e-4,
@@ -146,6 +169,7 @@ TASKS: dict[str, TaskRow] = {
             "chrf": True,
             "rouge_l": True,
         },
+        keys=_WRITING | {"loss.label_smoothing"},
     ),
     "sentence-embedding": TaskRow(
         module="ticktune.tasks.sentence_embedding",

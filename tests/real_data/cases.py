@@ -163,6 +163,7 @@ def translation(data: Path, folder: Path) -> Case:
     base = pretrain.denoiser(data, folder / "base")
     words = [
         f"base.model={base}",
+        "data.columns={source: en, target: de}",
         "data.train.limit=3500",
         "data.validation.limit=100",
         "data.test.limit=150",

@@ -1,8 +1,10 @@
 """Rules between keys."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from ticktune.errors import Problem, RecipeError
 from ticktune.recipe.load import load_recipe
@@ -92,9 +94,9 @@ def accepted(folder: Path, text: str) -> Recipe:
         (
             HEAD + "data: {train: a, classes: {x: 1, y: [2]}}\n",
             Problem(
-                "only semantic-segmentation and object-detection have numbers that stand for classes, not "
-                "text-classification",
+                "text-classification makes no use of it, only semantic-segmentation and object-detection",
                 "r.yaml:3:18 data.classes",
+                "remove it",
             ),
         ),
         (
@@ -128,18 +130,15 @@ def accepted(folder: Path, text: str) -> Recipe:
         ),
         (
             HEAD.replace("text-classification", "causal-lm") + "data: {train: a}\nproblem: multi\n",
-            Problem("only text-classification has a problem type, not causal-lm", "r.yaml:4:1 problem"),
+            Problem("causal-lm makes no use of it, only text-classification", "r.yaml:4:1 problem", "remove it"),
         ),
         (
-            HEAD + "data: {train: a, vocabulary: rows}\n",
+            HEAD + "data: {train: a, augment: {flip: 0.5}}\n",
             Problem(
-                "only speech-recognition has it, not text-classification", "r.yaml:3:18 data.vocabulary", "remove it"
-            ),
-        ),
-        (
-            HEAD + "data: {train: a, language: english}\n",
-            Problem(
-                "only speech-recognition has it, not text-classification", "r.yaml:3:18 data.language", "remove it"
+                "text-classification makes no use of it, only image-classification, semantic-segmentation and "
+                "object-detection",
+                "r.yaml:3:28 data.augment.flip",
+                "remove it",
             ),
         ),
         (
@@ -158,6 +157,27 @@ def accepted(folder: Path, text: str) -> Recipe:
 )
 def test_a_broken_rule_is_the_only_problem(tmp_path: Path, text: str, problem: Problem) -> None:
     assert problems(tmp_path, text) == [problem]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_takes_the_keys_that_it_looks_at_and_no_others(tmp_path: Path, task: str) -> None:
+    values = {
+        "problem": "multi",
+        "loss": {"weights": "balanced", "label_smoothing": 0.1},
+        "data.overlap": 8,
+        "data.max_seconds": 3,
+        "data.vocabulary": "rows",
+        "data.language": "german",
+        "data.classes": {"a": [1], "b": [2]},
+        "data.augment": {"flip": 0.1, "crop": 0.1, "jitter": 0.1, "time_mask": 0.1, "noise": 0.1},
+        "evaluation": {"threshold": 0.3, "generate": {"max_new_tokens": 3, "num_beams": 2, "answer": "(a)"}},
+    }
+    recipe: dict[str, Any] = {"task": task, "base": {"model": "m"}, "data": {"train": "a"}}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (recipe[section] if section else recipe)[name] = value
+    refused = {p.where.split()[-1] for p in problems(tmp_path, yaml.safe_dump(recipe))}
+    assert refused == frozenset().union(*(row.keys for row in TASKS.values())) - TASKS[task].keys
 
 
 def test_every_broken_rule_is_reported_at_once(tmp_path: Path) -> None:
@@ -203,7 +223,7 @@ def test_a_metric_of_the_task_is_accepted(tmp_path: Path) -> None:
     [
         ("causal-lm", '"####"', "expected a group, in parentheses, for the answer itself"),
         ("causal-lm", '"(a"', "this is no regular expression"),
-        ("text-classification", '"(a)"', "only causal-lm looks for answers in what it writes, not text-classification"),
+        ("text-classification", '"(a)"', "text-classification makes no use of it, only causal-lm"),
     ],
 )
 def test_a_pattern_of_answers_that_cannot_be_used_is_refused(

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from tests.models import word_tokenizer
 from ticktune.data.batches import sorted_batches
-from ticktune.errors import DataError, Problem, RecipeError
+from ticktune.errors import DataError, Problem
 from ticktune.evaluate import compute_metrics
 from ticktune.tasks.masked_lm import MaskedLm
 from ticktune.tasks.task import IGNORED, EncodingReport, Example, TaskOptions, build_task, restore_task
@@ -269,8 +269,6 @@ def test_bases_and_settings_that_cannot_be_used_are_refused() -> None:
         build(mask_tokenizer(), SimpleNamespace(max_position_embeddings=16))
     with pytest.raises(DataError, match="data.max_length is 2, but a window has 2 special tokens"):
         build(mask_tokenizer(), max_length=2)
-    with pytest.raises(RecipeError, match="no classes to weigh, found balanced"):
-        build(mask_tokenizer(), class_weights="balanced")
 
 
 def test_the_task_is_restored() -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import DetrImageProcessorPil, ResNetConfig, YolosConfig, YolosImageProcessorPil
 
-from ticktune.errors import BaseModelError, DataError, Problem, RecipeError
+from ticktune.errors import BaseModelError, DataError, Problem
 from ticktune.tasks.object_detection import ObjectDetection, objects_of
 from ticktune.tasks.task import EncodingReport, Row, TaskOptions, build_task, restore_task
 
@@ -85,11 +85,6 @@ def test_the_base_s_own_costs_are_taken(path: str) -> None:
 def test_other_models_are_refused(path: str, model_type: str, said: str) -> None:
     with pytest.raises(BaseModelError, match=f"for detr, yolos, table-transformer, found a model of the type {said}"):
         build(rows_of(path), model_type)
-
-
-def test_smoothed_labels_are_refused(path: str) -> None:
-    with pytest.raises(RecipeError, match=r"loss\.label_smoothing: the loss of object-detection smooths no labels"):
-        build(rows_of(path), label_smoothing=0.1)
 
 
 def test_categories_are_grouped_as_the_recipe_says(path: str) -> None:

@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 from tests.models import WORDS, word_tokenizer
 from tests.tasks.test_token_classification import bytes_tokenizer, pieces_tokenizer
 from ticktune.data.batches import sorted_batches
-from ticktune.errors import DataError, Problem, RecipeError
+from ticktune.errors import DataError, Problem
 from ticktune.evaluate import compute_metrics
 from ticktune.tasks import question_answering
 from ticktune.tasks.question_answering import QuestionAnswering, exact_match, normalized, read_answers, word_f1
@@ -140,10 +140,7 @@ def test_a_question_that_leaves_no_room_is_named() -> None:
     assert refused(lambda: encode(task, *rows, labelled=False)) == Problem(message, "row 2", fix)
 
 
-def test_settings_and_bases_that_mean_nothing_here_are_refused() -> None:
-    options = TaskOptions(COLUMNS, 32, class_weights="balanced", overlap=3)
-    with pytest.raises(RecipeError, match="no classes to weigh, found balanced"):
-        build_task("question-answering", options, [], where, word_tokenizer(), None)
+def test_a_slow_tokenizer_is_refused() -> None:
     slow = SimpleNamespace(is_fast=False)
     assert "slow tokenizer" in refused(question_answering.build, task_of().options, [], where, slow, None).message
 

@@ -162,7 +162,6 @@ def test_the_processor_of_speech_has_a_tokenizer_where_the_base_has_one(tmp_path
     ("options", "message"),
     [
         ({"label_smoothing": 0.1}, "loss.label_smoothing is not defined for CTC, found 0.1"),
-        ({"class_weights": "balanced"}, "speech has no classes to weigh"),
         ({"language": "english"}, "data.language is for Whisper alone, found english"),
     ],
 )

@@ -13,7 +13,7 @@ from scipy.special import expit, log_softmax
 from scipy.stats import pearsonr, rankdata, spearmanr
 
 from tests.models import word_tokenizer
-from ticktune.errors import DataError, Problem
+from ticktune.errors import DataError, Problem, RecipeError
 from ticktune.tasks.task import EncodingReport, Row, TaskOptions, build_task, restore_task
 from ticktune.tasks.text_classification import TextClassification
 
@@ -498,3 +498,34 @@ def test_the_log_loss_knows_no_weights_and_no_smoothing() -> None:
         found = scores_of(task, CLICKS, CLICKED)
         assert found["log_loss"] == pytest.approx(-right.mean(), rel=1e-5)
         assert found["loss"] != pytest.approx(found["log_loss"], rel=0.01)
+
+
+def test_rare_labels_of_several_weigh_more_where_they_are_there() -> None:
+    rows: list[Row] = [{"text": "w1", "label": names} for names in (["a", "b"], ["b"], ["b"], [])]
+    options = TaskOptions(("text", "label"), 16, class_weights="balanced")
+    task = build_task("text-classification", options, rows, where, word_tokenizer(), None)
+    assert isinstance(task, TextClassification)
+    assert dict(zip(task.labels, task.weights or (), strict=True)) == pytest.approx({"a": 3.0, "b": 1 / 3})
+    logits, target = np.array([[0.5, -1.0], [2.0, 0.25]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    weights = np.array(task.weights)
+    losses = -(weights * target * np.log(expit(logits)) + (1 - target) * np.log(expit(-logits)))
+    found = task.loss(SimpleNamespace(logits=torch.tensor(logits)), {"target": torch.tensor(target)})
+    assert found.item() == pytest.approx(losses.mean(axis=1).sum())
+    assert restore_task("text-classification", options, task.state(), task.tokenizer) == task
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([0.5, 1.5], {"label_smoothing": 0.1}, "loss.label_smoothing: only one label of several classes can be"),
+        ([["a"], ["b"]], {"label_smoothing": 0.1}, "loss.label_smoothing: only one label of several classes can be"),
+        ([0.5, 1.5], {"class_weights": "balanced"}, "loss.weights: numbers are no classes to weigh"),
+    ],
+)
+def test_losses_that_mean_nothing_for_these_labels_are_refused(
+    labels: list[Any], options: dict[str, Any], message: str
+) -> None:
+    rows: list[Row] = [{"text": "w1", "label": label} for label in labels]
+    asked = TaskOptions(("text", "label"), 16, **options)
+    with pytest.raises(RecipeError, match=message):
+        build_task("text-classification", asked, rows, where, word_tokenizer(), None)

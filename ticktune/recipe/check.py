@@ -7,7 +7,7 @@ from typing import Any
 
 from ticktune.errors import Problem
 from ticktune.recipe.schema import Recipe
-from ticktune.registry import TASKS, TaskRow
+from ticktune.registry import TASKS, TaskRow, tasks_with
 
 Where = Callable[[tuple[str | int, ...]], str]
 
@@ -39,12 +39,24 @@ def check(values: dict[str, Any], recipe: Recipe | None, where: Where) -> list[P
         )
     if recipe is None or row is None:
         return problems
+    _check_keys(recipe, row, wrong)
     _check_data(recipe, row, wrong)
     _check_classes(recipe, wrong)
     _check_training(recipe, row, wrong)
     if recipe.base.quantize.startswith("bnb-") and recipe.training.device == "cpu":
         wrong("base.quantize", f"{recipe.base.quantize} needs a CUDA device, found training.device cpu", "use int8")
     return problems
+
+
+def _check_keys(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> None:
+    """Refuses keys that this task would not look at."""
+    for key in sorted(frozenset().union(*(other.keys for other in TASKS.values())) - row.keys):
+        *sections, name = key.split(".")
+        section: Any = recipe
+        for part in sections:
+            section = getattr(section, part)
+        if getattr(section, name) != type(section).model_fields[name].default:
+            wrong(key, f"{recipe.task} makes no use of it, only {tasks_with(key)}", "remove it")
 
 
 def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> None:
@@ -79,10 +91,6 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
             )
         if re.search(r"\{[^{}]*[^\w\s{}-][^{}]*\}", name):
             wrong(f"data.columns.{column}", f"only plain {{column}} names can stand in a template, found {name}")
-    if recipe.task != "speech-recognition":
-        for key, default in (("vocabulary", "base"), ("language", None)):
-            if getattr(data, key) != default:
-                wrong(f"data.{key}", f"only speech-recognition has it, not {recipe.task}", "remove it")
     named = frozenset(data.columns) & known - row.optional_columns
     if named and not any(named <= columns for columns in row.columns):
         sets = " or ".join("+".join(sorted(columns)) for columns in row.columns)
@@ -93,11 +101,6 @@ def _check_classes(recipe: Recipe, wrong: Callable[..., None]) -> None:
     classes = recipe.data.classes
     if not classes:
         return
-    if recipe.task not in ("semantic-segmentation", "object-detection"):
-        wrong(
-            "data.classes",
-            f"only semantic-segmentation and object-detection have numbers that stand for classes, not {recipe.task}",
-        )
     if recipe.task == "semantic-segmentation" and not 2 <= len(classes) <= 255:
         wrong("data.classes", f"expected 2 to 255 classes, found {len(classes)}")
     owner: dict[int, str] = {}
@@ -134,10 +137,6 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
             f"{recipe.task} has the metrics {', '.join(row.metrics)}, found {metric}",
             f"did you mean {near[0]}?" if near else "",
         )
-    if recipe.evaluation.generate.answer is not None and recipe.task != "causal-lm":
-        wrong("evaluation.generate.answer", f"only causal-lm looks for answers in what it writes, not {recipe.task}")
-    if recipe.problem != "auto" and recipe.task != "text-classification":
-        wrong("problem", f"only text-classification has a problem type, not {recipe.task}")
     if recipe.evaluation.patience is not None and recipe.data.validation is None:
         wrong("evaluation.patience", "early stopping needs data.validation")
     bad = re.search(r"[\x00-\x1f\x7f]", recipe.output)

@@ -259,7 +259,7 @@ class Loss(Section):
 
     weights: Literal["none", "balanced"] = "none"
     """balanced: each class counts as much as the others, however rare: a row of a class counts rows / (classes × its
-    rows)."""
+    rows). Where a row can have several labels, those that have one count rows without it / rows with it."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """Share of the target that all classes get alike."""
 
@@ -280,15 +280,15 @@ class Data(Section):
     max_seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 30.0
     """Longest sound, in seconds; longer ones are cut, and counted."""
     vocabulary: Literal["base", "rows"] = "base"
-    """speech-recognition by frames (CTC) only. base: the base's own characters, where it has some. rows: the characters
+    """Of speech by frames (CTC). base: the base's own characters, where it has some. rows: the characters
     of the training transcripts."""
     language: Text | None = None
-    """speech-recognition by a model of several languages (Whisper) only: what is spoken, such as english."""
+    """What is spoken, such as english, for a model of several languages (Whisper)."""
     overlap: Annotated[int, Field(ge=0, le=2**20)] = 64
-    """Tokens that the windows share which a long row is cut into, where the task cuts it into windows."""
+    """Tokens that the windows share which a long row is cut into."""
     augment: Augment = Augment()
     classes: dict[Text, ClassNumbers] = {}
-    """semantic-segmentation and object-detection only. Name of a class: the values in the masks, or the numbers of
+    """Name of a class: the values in the masks, or the numbers of
     categories, that are it, for example `{animal: [16, 17, 18]}`. Pixels of other values are not learned; things of
     other categories belong to the background. Empty: every value of the training masks but 255, or every category
     of the training rows, is a class."""
@@ -365,7 +365,7 @@ class Generate(Section):
     num_beams: Count = 1
     """Beams of the search; 1 = greedy."""
     answer: Pattern | None = None
-    """causal-lm with prompt and response only. A regular expression whose first group is the answer inside a response,
+    """For rows with prompt and response. A regular expression whose first group is the answer inside a response,
     such as `####\\s*(-?[0-9.,]+)`; the metric exact_match then counts the rows whose generated answer is that of their
     response."""
 
@@ -418,7 +418,7 @@ class Recipe(Section):
     head: Head = Head()
     data: Data
     problem: Literal["auto", "single", "multi", "regression"] = "auto"
-    """text-classification only. auto: regression when labels are fractional numbers, multi when they are
+    """auto: regression when labels are fractional numbers, multi when they are
     lists, else single."""
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.device import mix
-from ticktune.errors import DataError, RecipeError
+from ticktune.errors import DataError
 from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -237,7 +237,6 @@ def build(
 
     Raises:
         DataError: The tokenizer is slow or has no mask, or the window does not fit.
-        RecipeError: Weights of classes are asked for.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -248,12 +247,6 @@ def build(
         raise DataError(
             "the tokenizer has no mask token, so nothing can be hidden",
             fix="choose a base that was pretrained with masks, such as a BERT, or task: causal-lm",
-        )
-    if options.class_weights != "none":
-        raise RecipeError(
-            f"masked-lm has no classes to weigh, found {options.class_weights}",
-            where="loss.weights",
-            fix="set loss.weights: none",
         )
     special = tokenizer.num_special_tokens_to_add()
     if options.max_length <= special:

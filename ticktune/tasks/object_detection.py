@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ticktune.errors import BaseModelError, DataError, RecipeError
+from ticktune.errors import BaseModelError, DataError
 from ticktune.tasks.classes import check_known, class_order, label_config, label_name, ordered_labels
 from ticktune.tasks.pictures import Change, check_pictures, class_color, read_picture, write_on
 from ticktune.tasks.task import Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
@@ -389,10 +389,6 @@ def build(
         raise BaseModelError(
             f"object-detection is for {', '.join(_MODELS)}, found a model of the type {model_type or 'unknown'}",
             where="base.model",
-        )
-    if options.label_smoothing:
-        raise RecipeError(
-            "the loss of object-detection smooths no labels", where="loss.label_smoothing", fix="leave it out"
         )
     counts: Counter[str] = Counter()
     for i, row in enumerate(rows):

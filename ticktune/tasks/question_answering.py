@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticktune.errors import DataError, RecipeError
+from ticktune.errors import DataError
 from ticktune.tasks.task import Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -300,18 +300,11 @@ def build(
 
     Raises:
         DataError: It does not say where its tokens stand in a text.
-        RecipeError: Weights of classes are asked for.
     """
     if not tokenizer.is_fast:
         raise DataError(
             "the base has only a slow tokenizer, which does not say where a token stands in the context",
             fix="choose a base with a tokenizer.json",
-        )
-    if options.class_weights != "none":
-        raise RecipeError(
-            f"question-answering has no classes to weigh, found {options.class_weights}",
-            where="loss.weights",
-            fix="set loss.weights: none",
         )
     return restore(options, {}, tokenizer)
 

@@ -425,8 +425,6 @@ def build(
     """
     tokenizer = getattr(processor, "tokenizer", None)
     state: dict[str, Any] = {"entries": unmasked(base_config)}
-    if options.class_weights != "none":
-        raise DataError("speech has no classes to weigh, found loss.weights: balanced", fix="remove loss.weights")
     if getattr(base_config, "is_encoder_decoder", False):
         _check_generated(options, tokenizer, base_config)
         start, positions = base_config.decoder_start_token_id, base_config.max_target_positions
@@ -435,7 +433,7 @@ def build(
     if not convolutions:
         raise DataError(
             f"a {base_config.model_type} reads no waveforms by frames",
-            fix="use a base such as facebook/wav2vec2-base or openai/whisper-tiny.en",
+            fix="use a base such as facebook/wav2vec2-base-960h or openai/whisper-tiny.en",
         )
     if options.label_smoothing:
         raise DataError(

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.console import figure
-from ticktune.errors import DataError, UsageError
+from ticktune.errors import DataError, RecipeError, UsageError
 from ticktune.tasks.classes import (
     balanced_weights,
     check_known,
@@ -45,7 +46,7 @@ class TextClassification(Task):
         problem: ``single``, ``multi`` or ``regression``.
         labels: Names of the classes in the order of the logits; one entry, ``value``, for regression.
         tokenizer: The base's tokenizer.
-        weights: Weight of each class in the loss; None: all 1.
+        weights: Weight of each class in the loss, of several labels that of a label's presence; None: all 1.
     """
 
     options: TaskOptions
@@ -164,7 +165,9 @@ class TextClassification(Task):
         if self.problem == "single":
             return class_loss(logits, target, self.weights, self.options.label_smoothing)
         if self.problem == "multi":
-            return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(self.labels)
+            weight = None if self.weights is None else torch.tensor(self.weights, device=logits.device)
+            losses = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="sum")
+            return losses / len(self.labels)
         return F.mse_loss(logits.squeeze(-1), target, reduction="sum")
 
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,10 +270,20 @@ def build(
 
     Raises:
         DataError: Labels of several kinds, a label that is missing, or a single class.
+        RecipeError: A key of the loss means nothing for such labels.
     """
     labels = [row["label"] for row in rows]
     problem = _problem_of(labels, options.problem, where)
+    if problem != "single" and options.label_smoothing:
+        raise RecipeError(
+            f"only one label of several classes can be smoothed, and the labels here are "
+            f"{'numbers' if problem == 'regression' else 'lists'}",
+            where="loss.label_smoothing",
+            fix="remove it",
+        )
     if problem == "regression":
+        if options.class_weights != "none":
+            raise RecipeError("numbers are no classes to weigh", where="loss.weights", fix="remove it")
         return TextClassification(options, problem, ("value",), tokenizer)
     if problem == "single":
         names = read_labels(labels, base_config, where)
@@ -279,7 +292,11 @@ def build(
         return TextClassification(options, problem, names, tokenizer, weights)
     flat = [(name, i) for i, label in enumerate(labels) for name in label]
     names = read_labels([name for name, _ in flat], base_config, lambda k: where(flat[k][1] if flat else 0))
-    return TextClassification(options, problem, names, tokenizer)
+    weights = None
+    if options.class_weights == "balanced":
+        counts = Counter(name for name, _ in flat)
+        weights = tuple((len(labels) - counts[name]) / counts[name] for name in names)
+    return TextClassification(options, problem, names, tokenizer, weights)
 
 
 def restore(options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> TextClassification:
