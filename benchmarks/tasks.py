@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 MINILM, SMALL = 3e-4, 1e-3
 ENTRIES: dict[str, Entry] = {
     "entities": Entry(cases.entities, "WNUT 17, 640 posts with names", "MiniLM-L6", MINILM),
-    "questions": Entry(cases.questions, "SQuAD, 800 questions to sentences", "MiniLM-L6", MINILM),
+    "questions": Entry(cases.questions, "SQuAD, 640 questions to sentences", "MiniLM-L6", MINILM),
     "translation": Entry(cases.translation, "Multi30k, 3,500 captions", "BART, 0.3M, a denoiser", SMALL),
     "arithmetic": Entry(cases.arithmetic, "320 made questions", "stories260K", SMALL),
     "domain": Entry(cases.domain, "tiny Shakespeare, 4,800 windows", "BERT, 0.7M, of captions", SMALL),

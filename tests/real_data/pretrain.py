@@ -347,7 +347,7 @@ def transcript_model(data: Path, target: Path, config: Any, *, steps: int = 300)
     return target
 
 
-def masked_model(data: Path, target: Path, *, steps: int = 300) -> Path:
+def masked_model(data: Path, target: Path, *, steps: int = 200) -> Path:
     """Trains a small BERT on English captions, and saves it with a WordPiece tokenizer that knows Shakespeare's too.
 
     It learns which words are frequent and a little of what stands beside them: real, at the scale of half a megabyte.
