@@ -63,6 +63,7 @@ ENTRIES: dict[str, Entry] = {
     "domain": Entry(cases.domain, "tiny Shakespeare, 4,800 windows", "BERT, 0.7M, of captions", SMALL),
     "similarity": Entry(cases.similarity, "STS-B, 1,000 pairs", "MiniLM-L6", MINILM),
     "clicks": Entry(cases.clicks, "MovieLens, 1,600 candidates", "MiniLM-L6", MINILM),
+    "items": Entry(cases.next_item, "MovieLens, rows of 366 people", "Llama, 0.2M, of 61 other people", SMALL),
     "digits": Entry(cases.digits, "MNIST, 2,000 pictures", "ViT, 0.1M, of digits 0 to 4", SMALL),
     "scenes": Entry(cases.scenes, "COCO, 100 pictures", "SegFormer, 0.2M, of digits 0 to 4", SMALL),
     "objects": Entry(cases.objects, "2,000 composed scenes of digits 5 to 9", "DETR, 0.3M, of digits 0 to 4", SMALL),

@@ -35,6 +35,7 @@ ORDER = [
     "ticktune.tasks.speech_recognition",
     "ticktune.tasks.masked_lm",
     "ticktune.tasks.causal_lm",
+    "ticktune.tasks.next_item",
     "ticktune.tasks.seq2seq_lm",
     "ticktune.tasks.sentence_embedding",
     "ticktune.diagnosis",

@@ -419,13 +419,13 @@ def _warn_overlap(rows: dict[str, Rows], console: Console) -> None:
 
 
 def say_report(examples: Encoded, name: str, limit: str, console: Console) -> None:
-    """Warns of rows of a split that were cut or left out.
+    """Warns of what was cut, left out or unknown on the way from rows to examples.
 
     Args:
-        examples: The split, encoded.
-        name: Its name.
-        limit: What longer examples are cut to; see :meth:`ticktune.tasks.task.Task.limit`.
-        console: Where to warn.
+        examples: Of the rows.
+        name: Of the split or file.
+        limit: From :meth:`ticktune.tasks.task.Task.limit`.
+        console: Where to print.
     """
     report, count = examples.report, len(examples.source)
     if report.truncated:
@@ -441,4 +441,11 @@ def say_report(examples: Encoded, name: str, limit: str, console: Console) -> No
         because = f" ({report.why})" if report.why else ""
         console.warn(
             f"{name}: {len(report.unsupervised)} rows have nothing to learn from{because} and were left out: {places}"
+        )
+    if report.unknown:
+        total = sum(report.unknown.values())
+        frequent = sorted(report.unknown, key=lambda item: -report.unknown[item])
+        console.warn(
+            f"{name}: {total} of {report.items} items ({100 * total / report.items:.1f} %) are unknown to the base, "
+            f"{len(frequent)} different ones: {', '.join(frequent[:5])}{', ...' if len(frequent) > 5 else ''}"
         )

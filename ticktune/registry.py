@@ -148,13 +148,22 @@ TASKS: dict[str, TaskRow] = {
         text_columns=frozenset({"text", "prompt", "response"}),
         documents=True,
         metrics={"perplexity": False, "token_accuracy": True, "exact_match": True, "loss": False},
-        keys=_WRITING | {"evaluation.generate.answer"},
+        keys=_WRITING | {"evaluation.generate.answer", "loss.label_smoothing"},
         defaults={
             "data.max_length": 512,
             "optimizer.lr": 1e-4,
             "schedule.name": "cosine",
             "training.batch_size": 16,
         },
+    ),
+    "next-item": TaskRow(
+        module="ticktune.tasks.next_item",
+        columns=(frozenset({"items"}),),
+        optional_columns=frozenset({"history"}),
+        label_columns=frozenset({"items"}),
+        metrics={"ndcg10": True, "hit10": True, "mrr": True, "perplexity": False, "unknown": False, "loss": False},
+        keys=frozenset({"loss.label_smoothing"}),
+        defaults={"data.max_length": 64, "schedule.name": "cosine"},
     ),
     "seq2seq-lm": TaskRow(
         module="ticktune.tasks.seq2seq_lm",

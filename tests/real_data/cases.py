@@ -247,6 +247,23 @@ def clicks(data: Path, folder: Path) -> Case:
     )  # fmt: skip
 
 
+def next_item(data: Path, folder: Path) -> Case:
+    """The next film, by a small Llama of films that learned from other people; here of each test person the last."""
+    base = pretrain.item_model(data, folder)
+    words = [f"base.model={base}", *(f"data.{name}={folder}/{name}.jsonl" for name in ("train", "validation", "test"))]
+    words += ["training={epochs: 5, precision: fp32}"]
+    people = [row["items"] for row in read_rows(folder / "test.jsonl")]
+    rows = [{"history": films[:-1], "items": films[-1:]} for films in people]
+    rates = {"lr": 6e-3, "norm_lr": 3e-2}
+    return Case("items", words, rates, None, rows, lambda answer, row: ndcg(answer["items"], row["items"][0]))
+
+
+def ndcg(found: Sequence[Row], item: str) -> float:
+    """NDCG of a list of which one item is right."""
+    names = [one["item"] for one in found]
+    return 1 / math.log2(2 + names.index(item)) if item in names else 0.0
+
+
 def digits(data: Path, folder: Path) -> Case:
     """Ten written digits, by a small ViT that knows the first five."""
     from transformers import ViTConfig, ViTImageProcessorPil

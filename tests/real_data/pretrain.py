@@ -7,6 +7,8 @@ learned something real, at a small scale.
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -389,3 +391,19 @@ def masked_model(data: Path, target: Path, *, steps: int = 200) -> Path:
     learn(BertForMaskedLM(config), batches, steps, lr=2e-3).save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
+
+
+def item_model(data: Path, folder: Path) -> Path:
+    """Writes rows of MovieLens by people, and a small Llama of films that learned from the people of the base part.
+
+    Both by the scripts that the recipe names.
+
+    Args:
+        data: Folder of the data sets.
+        folder: Where the rows and the model, in ``base``, are saved.
+    """
+    scripts, base = Path(__file__).parents[2] / "scripts", folder / "base"
+    for words in (["item_rows.py", data / "ml_latest_small", folder], ["item_model.py", folder / "base.jsonl", base]):
+        script = [sys.executable, str(scripts / words[0]), *map(str, words[1:])]
+        subprocess.run(script, check=True, capture_output=True)
+    return base

@@ -302,6 +302,20 @@ def test_the_loss_is_that_of_the_next_token_summed() -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-6)  # float32 sums of six terms
 
 
+def test_smoothed_labels_count_in_the_loss_and_not_in_the_metrics() -> None:
+    smooth = CausalLm(TaskOptions(("prompt", "response"), 16, label_smoothing=0.2), word_tokenizer())
+    batch = smooth.collate(encode(smooth, *PAIRS)[0])
+    logits = torch.randn(*batch["input_ids"].shape, 64)
+    plain, _, count = by_hand(logits.double().numpy(), batch["labels"].numpy())
+    learned = (batch["labels"][:, 1:] != IGNORED).numpy()
+    even = -log_softmax(logits[:, :-1].double().numpy()[learned], axis=-1).mean(-1).sum()
+    loss = smooth.loss(SimpleNamespace(logits=logits), batch).item()
+    assert loss == pytest.approx(0.8 * plain + 0.2 * even, rel=1e-6)
+    metrics = smooth.metrics()
+    smooth.update(metrics, logits, batch)
+    assert float(metrics["loss"].compute()) == pytest.approx(plain / count, rel=1e-6)
+
+
 def test_the_loss_of_bfloat16_logits_is_summed_in_float32() -> None:
     task = task_of(("prompt", "response"))
     batch = task.collate(encode(task, *PAIRS)[0])

@@ -103,15 +103,15 @@ class CausalLm(Task):
         on_right, pad = "labels" in examples[0], self.tokenizer.pad_token_id
         ids = [e["input_ids"] for e in examples]
         batch: Batch = {
-            "input_ids": _padded(ids, pad, on_right),
-            "attention_mask": _padded([[1] * len(row) for row in ids], 0, on_right),
+            "input_ids": padded(ids, pad, on_right=on_right),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0, on_right=on_right),
         }
         if on_right:
-            batch["labels"] = _padded([e["labels"] for e in examples], IGNORED, on_right)
+            batch["labels"] = padded([e["labels"] for e in examples], IGNORED, on_right=on_right)
         if "prompt_ids" in examples[0]:
             prompts = [e["prompt_ids"] for e in examples]
-            batch["prompt_ids"] = _padded(prompts, pad, False)
-            batch["prompt_mask"] = _padded([[1] * len(row) for row in prompts], 0, False)
+            batch["prompt_ids"] = padded(prompts, pad, on_right=False)
+            batch["prompt_mask"] = padded([[1] * len(row) for row in prompts], 0, on_right=False)
             batch["answers"] = [e["answer"] for e in examples]
         return batch
 
@@ -129,12 +129,15 @@ class CausalLm(Task):
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross entropy of the next token, summed over the learned tokens."""
-        return self._loss(outputs.logits, batch)
+        return self._loss(outputs.logits, batch, self.options.label_smoothing)
 
-    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        logits = logits[:, :-1].float()
+    def _loss(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
         return F.cross_entropy(
-            logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits[:, :-1].float().flatten(0, 1),
+            batch["labels"][:, 1:].flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=smoothing,
+            reduction="sum",
         )
 
     def counted(self, batch: Batch) -> Tensor | None:
@@ -168,7 +171,7 @@ class CausalLm(Task):
         count = int(learned.sum())
         if count == 0:
             return
-        metrics["loss"].update(self._loss(logits, batch) / count, weight=count)
+        metrics["loss"].update(self._loss(logits, batch, 0.0) / count, weight=count)
         logits = logits[:, :-1].float()
         metrics["perplexity"].update(logits, target)
         hits = logits.argmax(-1)[learned] == target[learned]
@@ -304,6 +307,7 @@ def build(
 
     Raises:
         DataError: It cannot.
+        RecipeError: Answers are looked for where there are no prompts.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-text token, so the model could not learn to stop")
@@ -318,12 +322,7 @@ def build(
             where="evaluation.generate.answer",
             fix="use prompt and response columns, or leave it out",
         )
-    positions = getattr(base_config, "max_position_embeddings", None)
-    if isinstance(positions, int) and options.max_length > positions:
-        raise DataError(
-            f"data.max_length is {options.max_length}, but the model has {positions} positions",
-            fix=f"set data.max_length: {positions}",
-        )
+    check_positions(options, base_config)
     return restore(options, {}, tokenizer)
 
 
@@ -332,7 +331,22 @@ def restore(options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> Caus
     return CausalLm(options, tokenizer)
 
 
-def _padded(rows: Sequence[list[int]], value: int, on_right: bool) -> Tensor:
+def check_positions(options: TaskOptions, base_config: Any) -> None:
+    """Refuses examples that are longer than the model.
+
+    Raises:
+        DataError: It has fewer positions than max_length.
+    """
+    positions = getattr(base_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and options.max_length > positions:
+        raise DataError(
+            f"data.max_length is {options.max_length}, but the model has {positions} positions",
+            fix=f"set data.max_length: {positions}",
+        )
+
+
+def padded(rows: Sequence[list[int]], value: int, *, on_right: bool) -> Tensor:
+    """Rows of several lengths -> (rows, longest) int64, filled up with a value on the right or left."""
     longest = max(map(len, rows))
     fills = [[value] * (longest - len(row)) for row in rows]
     filled = [row + fill if on_right else fill + row for row, fill in zip(rows, fills, strict=True)]

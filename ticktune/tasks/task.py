@@ -68,12 +68,16 @@ class EncodingReport:
         unsupervised: Places of rows without anything to learn from; they give no example.
         cut_ends: How many of the truncated rows lost the end that must be learned.
         why: Why rows are unsupervised, where it is not that they were cut.
+        items: Items of the rows, where a row is items that the base knows or not.
+        unknown: How often each unknown one of them stands there.
     """
 
     truncated: list[int] = field(default_factory=list)
     unsupervised: list[int] = field(default_factory=list)
     cut_ends: int = 0
     why: str = ""
+    items: int = 0
+    unknown: dict[str, int] = field(default_factory=dict)
 
 
 class Task(ABC):
