@@ -175,7 +175,12 @@ def predict(
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     draw: Annotated[
-        Path | None, typer.Option("--draw", metavar="DIR", help="Also draw each prediction, as a picture in DIR.")
+        Path | None,
+        typer.Option(
+            "--draw",
+            metavar="DIR",
+            help="Also draw each prediction, as a picture in DIR; a segmentation as a mask too.",
+        ),
     ] = None,
 ) -> None:
     """Print one prediction a row; JSON lines when piped."""
@@ -262,10 +267,19 @@ def inspect(
             "--dim", min=0, max=65536, help="Hidden units of the ticks that are counted on a MODEL; default: 64."
         ),
     ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            "--draw",
+            metavar="DIR",
+            help="Also draw the example as the model sees it in training, random changes (data.augment) included, as a "
+            "picture in DIR.",
+        ),
+    ] = None,
 ) -> None:
-    """Show what would be ticked and trained, whether it merges, and one decoded example; writes nothing."""
+    """Show what would be ticked and trained, whether it merges, and one decoded example; trains nothing."""
     is_recipe, loaded = Path(target).suffix in (".yaml", ".yml"), None
-    _refuse_unused(target, is_recipe, overrides or [], {"--dim": dim, "--revision": revision})
+    _refuse_unused(target, is_recipe, overrides or [], {"--dim": dim, "--revision": revision}, draw)
     if is_recipe:
         from ticktune.recipe.load import load_recipe
 
@@ -277,7 +291,7 @@ def inspect(
     if loaded is None:
         inspection.inspect_base(target, console, revision=revision, dim=64 if dim is None else dim)
     else:
-        inspection.inspect_recipe(loaded, console)
+        inspection.inspect_recipe(loaded, console, draw=draw)
 
 
 @app.command()
@@ -332,7 +346,9 @@ def _unexpected(error: Exception, console: Console, debug: bool) -> int:
     return 1
 
 
-def _refuse_unused(target: str, is_recipe: bool, overrides: list[str], options: dict[str, object]) -> None:
+def _refuse_unused(
+    target: str, is_recipe: bool, overrides: list[str], options: dict[str, object], draw: Path | None
+) -> None:
     """Refuses what the command line gives ``inspect`` for the other kind of target: nothing is dropped in silence."""
     keys = {"--dim": "ticks.dim", "--revision": "base.revision"}
     problems = [
@@ -340,6 +356,9 @@ def _refuse_unused(target: str, is_recipe: bool, overrides: list[str], options: 
         for name, value in options.items()
         if is_recipe and value is not None
     ]
+    if draw is not None and not is_recipe:
+        fix = "leave it out, or name a recipe (a .yaml or .yml file)"
+        problems.append(Problem(f"it is for a recipe, and {target} is a MODEL", "inspect --draw", fix))
     for word in () if is_recipe else overrides:
         key, _, value = word.partition("=")
         known = next((name for name, own in keys.items() if own == key and value), None)

@@ -229,6 +229,17 @@ def lock(directory: Path) -> Iterator[None]:
         yield
 
 
+def save_picture(picture: Any, path: Path) -> None:
+    """Writes a picture of Pillow's, and the folders above it.
+
+    Raises:
+        ResourceError: It cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns the errors of a full or unwritable disk into one message.

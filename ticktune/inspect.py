@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ticktune.base import (
@@ -17,7 +18,9 @@ from ticktune.base import (
     without_weights,
 )
 from ticktune.console import Console
+from ticktune.device import mix
 from ticktune.export.widen import block_obstacle, merge_obstacle
+from ticktune.files import save_picture
 from ticktune.patch.attach import adapter_parameters, attach, attachment_of, head_candidates, unquantized_modules
 from ticktune.patch.layout import Ffn, Layout
 from ticktune.patch.routing import routing_obstacle
@@ -31,12 +34,13 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _TRAINED_BYTES = 16
 
 
-def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
+def inspect_recipe(loaded: LoadedRecipe, console: Console, *, draw: Path | None = None) -> None:
     """Prints what a recipe would train, and one example.
 
     Args:
         loaded: The recipe.
         console: Where to print.
+        draw: A folder that receives the example as a picture, changed at random as in training (``data.augment``).
 
     Raises:
         TicktuneError: Of the stage that found a problem.
@@ -73,6 +77,11 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
     how = f", quantised: {stored or quantize}" if stored or quantize != "none" else ""
     example = prepared.examples["train"].take([0])[0]
     pieces = task.show(example)
+    drawing = None
+    if draw is not None:
+        picture = task.draw_example(example, seed=mix(recipe.training.seed, 0))
+        drawing = draw / f"{Path(example['image']).stem[:100]}-1.png"
+        save_picture(picture, drawing)
     document = {
         "task": recipe.task,
         "base": prepared.base.name,
@@ -89,6 +98,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
         "quantized": stored or (None if quantize == "none" else quantize),
         "compute": {"device": str(prepared.compute.device), "precision": prepared.compute.precision},
         "example": [{"kind": kind, "text": text} for kind, text in pieces],
+        "drawing": None if drawing is None else str(drawing),
     }
     rows = [["what", "value"], ["task", recipe.task], ["base", prepared.base.name]]
     rows += [["rows", ", ".join(f"{len(r):,} {name}" for name, r in prepared.rows.items())]]
@@ -108,6 +118,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console) -> None:
         ["memory", f"{memory / 1e6:.0f} MB for weights and optimizer; activations come on top"],
     ]
     rows += [[f"example: {kind}", _short(text)] for kind, text in pieces]
+    rows += [] if drawing is None else [["example: picture", str(drawing)]]
     console.result(document, rows, title=str(loaded.path))
 
 

@@ -117,6 +117,7 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         max_seconds=recipe.data.max_seconds,
         vocabulary=recipe.data.vocabulary,
         language=recipe.data.language,
+        separator=recipe.data.separator,
     )
     task = build_task(recipe.task, options, train.as_list(), train.where, processor, load_config(base))
     for name in rows:

@@ -66,7 +66,7 @@ TASKS: dict[str, TaskRow] = {
             "log_loss": False,
             "loss": False,
         },
-        keys=_LOSS | {"problem", "evaluation.threshold"},
+        keys=_LOSS | {"problem", "data.separator", "evaluation.threshold"},
     ),
     "token-classification": TaskRow(
         module="ticktune.tasks.token_classification",

@@ -38,6 +38,7 @@ from ticktune.files import (
     lock,
     new_directory,
     remove_leftovers,
+    save_picture,
     sha256_file,
     write_json,
     writing,
@@ -232,7 +233,8 @@ def predict_rows(
         base: The base, where the recorded one cannot be found.
         device: As ``training.device``; None: as in training.
         precision: As ``training.precision``; None: as in training.
-        draw: A folder that receives each prediction as a picture, named by the row's own picture and its number.
+        draw: A folder that receives each prediction as a picture, named by the row's own picture and its number; where
+            it is a mask, that too.
 
     Raises:
         TicktuneError: Of the stage that found a problem.
@@ -249,7 +251,11 @@ def predict_rows(
     for number, answer in enumerate(predict(used.model, used.task, examples, used.compute, _PREDICT_BATCH)):
         if draw is not None:
             row = rows.dataset[number]
-            _save_drawing(used.task.draw(row, answer), draw / f"{Path(row['image']).stem[:100]}-{number + 1}.png")
+            picture = used.task.draw(row, answer)  # refused where there are no pictures
+            name = f"{Path(row['image']).stem[:100]}-{number + 1}"
+            save_picture(picture, draw / f"{name}.png")
+            if (mask := used.task.mask(answer)) is not None:
+                save_picture(mask, draw / f"{name}-mask.png")
         console.line(answer, used.task.describe(answer))
 
 
@@ -403,12 +409,6 @@ def refuse_several_processes() -> None:
             where="environment",
             fix="start one process, without torchrun, or unset WORLD_SIZE",
         )
-
-
-def _save_drawing(picture: Any, path: Path) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
 
 
 def _bound(text: str, at_least: bool) -> tuple[str, float, bool]:

@@ -86,6 +86,11 @@ def test_2_overrides_of_a_model(tiny_bert: Path, capsys: pytest.CaptureFixture[s
     expect(2, words, capsys, "say --revision main instead", "leave it out, or name a recipe (a .yaml or .yml file)")
 
 
+def test_2_draw_of_a_model(tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["inspect", tiny_bert, "--draw", tmp_path / "drawn"]
+    expect(2, words, capsys, "error[usage]: inspect --draw: it is for a recipe", "or name a recipe")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "key"), [("--dim", "4", "ticks.dim"), ("--revision", "a", "base.revision")]
 )

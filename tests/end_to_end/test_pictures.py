@@ -60,15 +60,25 @@ def test_a_segmenter_learns_predicts_draws_and_merges(segmenter: Path, ticktune:
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["size"] for answer in answers] == [[18, 12]] * 2
-    assert sorted(path.name for path in (segmenter / "drawn").iterdir()) == ["p6-1.png", "p7-2.png"]
+    assert sorted(path.name for path in (segmenter / "drawn").iterdir()) == [
+        "p6-1-mask.png", "p6-1.png", "p7-2-mask.png", "p7-2.png"
+    ]  # fmt: skip
+    # The mask is one to train on.
+    found, truth = (np.asarray(Image.open(segmenter / name)) for name in ("drawn/p6-1-mask.png", "m6.png"))
+    assert found.shape == truth.shape
+    assert (found == truth).mean() > 0.8
     with Image.open(segmenter / "drawn/p6-1.png") as drawn:
         assert drawn.size[0] == 36
     merged = json.loads(ticktune("export", "run", "--merge", cwd=segmenter).stdout)
     assert merged["verification"]["changed"] == 0
 
 
-def test_inspect_shows_an_example_and_a_bad_mask_is_named(segmenter: Path, ticktune: Run) -> None:
-    shown = json.loads(ticktune("inspect", "recipe.yaml", cwd=segmenter).stdout)["example"]
+def test_inspect_shows_and_draws_an_example_and_a_bad_mask_is_named(segmenter: Path, ticktune: Run) -> None:
+    document = json.loads(ticktune("inspect", "recipe.yaml", "--draw", "drawn", cwd=segmenter).stdout)
+    assert document["drawing"] == "drawn/p0-1.png"
+    with Image.open(segmenter / document["drawing"]) as drawn:
+        assert drawn.size == (320, 320 + 2 * 16)
+    shown = document["example"]
     assert [piece["kind"] for piece in shown] == ["context", "learned"]
     assert shown[0]["text"].endswith("p0.png (18 x 12)")
     Image.new("L", (12, 18)).save(segmenter / "m7.png")
@@ -82,6 +92,9 @@ def test_drawings_of_a_task_without_any_are_refused(tiny_bert: Path, ticktune: R
     from tests.end_to_end.support import classification
 
     recipe = classification(tmp_path, tiny_bert)
+    done = ticktune("inspect", recipe, "--draw", "drawn", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "examples of text-classification cannot be drawn" in done.stderr
     assert ticktune("train", recipe, "training={epochs: 1}", cwd=tmp_path).returncode == 0
     done = ticktune("predict", "runs/tiny", "w1 w2", "--draw", "drawn", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

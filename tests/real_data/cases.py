@@ -4,6 +4,7 @@ The tests run a case by the command line; ``benchmarks/tasks.py`` compares ways 
 learning rates here, those of the head alone too, on validation rows.
 """
 
+import csv
 import json
 import math
 import random
@@ -109,7 +110,7 @@ def questions(data: Path, folder: Path) -> Case:
     words = []
     for name, rows in files.items():
         words.append(f"data.{name}={write_rows(folder / f'{name}.jsonl', rows[: counts[name]])}")
-    words += ["training={epochs: 1, batch_size: 16}", "data.max_length=96", "data.overlap=16"]
+    words += ["training={epochs: 1, batch_size: 16}", "data.max_length=64", "data.overlap=16"]
     rates = {"lr": 1e-3, "norm_lr": 2.5e-3, "head_lr": 1.5e-3}
     return Case(
         "questions", words, rates, 1e-2, files["test"][:250],
@@ -262,6 +263,50 @@ def ndcg(found: Sequence[Row], item: str) -> float:
     """NDCG of a list of which one item is right."""
     names = [one["item"] for one in found]
     return 1 / math.log2(2 + names.index(item)) if item in names else 0.0
+
+
+def genres(data: Path, folder: Path) -> Case:
+    """The genres of a film, several each, by MiniLM: from its title and the genres of what the same people saw."""
+    script = [sys.executable, str(ROOT / "scripts/genre_rows.py"), str(data / "ml_latest_small"), str(folder)]
+    subprocess.run([*script, "--near", "3"], check=True, capture_output=True)
+    words = [f"data.{name}={folder}/{name}.csv" for name in ("train", "validation", "test")]
+    words += ["data.train.limit=1500", "data.max_length=64", "training={epochs: 1, batch_size: 16}"]
+    with (folder / "test.csv").open(encoding="utf-8", newline="") as file:
+        rows: list[Row] = list(csv.DictReader(file))
+
+    def log_probability(answer: Row, row: Row) -> float:
+        true = row["genres"].split("|")
+        found = answer["probabilities"].items()
+        return sum(math.log(p if name in true else 1 - p) for name, p in found) / len(found)
+
+    return Case("genres", words, {"lr": 5e-4, "norm_lr": 2e-3, "head_lr": 1e-2}, 1e-2, rows, log_probability)
+
+
+def reviews(data: Path, folder: Path) -> Case:
+    """Whether Chinese reviews praise, by a small BERT that knows what others are about."""
+    base = pretrain.chinese_model(data, folder / "base")
+    words = [f"base.model={base}", "data.train.limit=3000", "data.validation.limit=300", "data.test.limit=300"]
+    words += ["data.max_length=48", "training={epochs: 3, batch_size: 32, precision: fp32}"]
+    rows = read_rows(data / "chnsenticorp/test.jsonl", 400)
+    return Case("reviews", words, {"lr": 3e-3, "norm_lr": 3e-3, "head_lr": 3e-3}, 5e-3, rows, right)
+
+
+def pairs(data: Path, folder: Path) -> Case:
+    """How much sentences mean the same, read together, by MiniLM; the set stands in the order of its sources."""
+
+    def is_short(row: Row) -> bool:
+        return len(f"{row['sentence1']} {row['sentence2']}".split()) <= 18
+
+    parts = {}
+    for name, size in {"train": 800, "validation": 200, "test": 250}.items():
+        short = read_rows(data / "stsb_en" / f"{name}.jsonl", None, is_short)
+        parts[name] = random.Random(0).sample(short, size)
+    words = [f"data.{name}={write_rows(folder / f'{name}.jsonl', part)}" for name, part in parts.items()]
+    words += ["data.max_length=48", "training={epochs: 2, batch_size: 16}"]
+    rates = {"lr": 3e-4, "norm_lr": 1e-3, "head_lr": 1e-2}
+    return Case(
+        "pairs", words, rates, 1e-2, parts["test"], lambda answer, row: -((answer["value"] - row["score"]) ** 2)
+    )
 
 
 def digits(data: Path, folder: Path) -> Case:

@@ -142,6 +142,16 @@ def accepted(folder: Path, text: str) -> Recipe:
             ),
         ),
         (
+            HEAD.replace("text-classification", "causal-lm") + 'data: {train: a, separator: "|"}\n',
+            Problem(
+                "causal-lm makes no use of it, only text-classification", "r.yaml:3:18 data.separator", "remove it"
+            ),
+        ),
+        (
+            HEAD + 'data: {train: a, separator: "|"}\nproblem: single\n',
+            Problem("expected problem: multi or auto beside it, found single", "r.yaml:3:18 data.separator"),
+        ),
+        (
             HEAD + "data: {train: a}\nevaluation: {patience: 2}\n",
             Problem("early stopping needs data.validation", "r.yaml:4:14 evaluation.patience"),
         ),

@@ -14,6 +14,7 @@ from transformers import ViTImageProcessorPil
 
 from ticktune.errors import DataError
 from ticktune.tasks.image_classification import ImageClassification
+from ticktune.tasks.pictures import class_color
 from ticktune.tasks.task import EncodingReport, TaskOptions, build_task, restore_task
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -196,3 +197,14 @@ def test_a_prediction_has_all_probabilities_and_one_line_for_a_person() -> None:
     assert (found["label"], found["probability"]) == ("b", pytest.approx(expected[1]))
     assert list(found["probabilities"].values()) == pytest.approx(expected.tolist())
     assert task.describe(found) == f"b  {expected[1]:.4f}"
+
+
+def test_an_example_is_drawn_with_its_label_below(tmp_path: Path) -> None:
+    task = build(["dog", "cat"])
+    path = tmp_path / "grey.png"
+    Image.new("RGB", (8, 8), (10, 100, 200)).save(path)
+    drawn = np.asarray(task.draw_example(examples_of(task, [str(path)], ["dog"])[0], seed=1))
+    assert drawn.shape == (320 + 16, 320, 3)
+    assert (drawn[:320] == (10, 100, 200)).all()
+    assert (drawn[320:] == class_color(1)).all(-1).any()
+    assert not (drawn[320:] == class_color(0)).all(-1).any()

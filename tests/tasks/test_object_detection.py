@@ -18,6 +18,7 @@ from ticktune.tasks.task import EncodingReport, Row, TaskOptions, build_task, re
 SIZE = {"height": 16, "width": 16}
 PROCESSOR = YolosImageProcessorPil(size=SIZE, do_pad=False)
 WIDTH, HEIGHT = 40, 30
+SQUARE = {"height": 40, "width": 40}
 
 
 def where(i: int) -> str:
@@ -417,7 +418,7 @@ def test_a_prediction_has_the_boxes_above_the_threshold_in_pixels(path: str) -> 
     ]
     scores = [t["score"] for t in answer["objects"]]
     assert scores == pytest.approx(OUTPUTS["logits"].softmax(-1)[0, :2].amax(-1).tolist())
-    assert task.describe(answer) == f"dog {scores[0]:.2f}, cat {scores[1]:.2f}"
+    assert task.describe(answer) == f"dog {scores[0]:.2f} at 15, 12, 10, 6; cat {scores[1]:.2f} at 0, 12, 12, 6"
     (strict,) = predict(build(rows_of(path), threshold=0.95), OUTPUTS)
     assert [t["label"] for t in strict["objects"]] == ["dog"]
     assert task.describe({"objects": []}) == "(nothing)"
@@ -448,6 +449,26 @@ def test_a_drawing_has_the_boxes_on_the_picture(path: str) -> None:
     assert (after[24, 21:34] == after[24, 21]).all()  # the lower edge, in one colour
     assert (after[21, 23:32] == before[21, 23:32]).all()  # inside, below the label
     assert (np.asarray(task.draw({"image": path}, {"objects": []})) == before).all()
+
+
+def test_an_example_is_drawn_as_the_model_sees_it(path: str) -> None:
+    rows = [row(path, [[0, 0, 20, 30]], ["cat"]), row(path, [[0, 0, 1, 1]], ["dog"])]
+    task = build(rows, augment={"flip": 1.0})
+    values = task.collate(encoded(task, rows), seed=1)["pixel_values"][0]
+    drawn = np.asarray(task.draw_example(encoded(task, rows)[0], seed=1))
+    assert drawn.shape == (320, 320, 3)
+    mean, spread = (np.array(PROCESSOR.to_dict()[name])[:, None, None] for name in ("image_mean", "image_std"))
+    seen = np.kron(np.rint((values.numpy() * spread + mean) * 255), np.ones((1, 20, 20)))
+    assert (drawn[:, :160] == seen[:, :, :160].transpose(1, 2, 0)).all()  # mirrored: the box is on the right
+    red = np.array([255, 38, 38])
+    assert (drawn[40:, 160:162] == red).all()
+    assert (drawn[318:, 160:] == red).all()
+
+
+def test_what_was_padded_is_not_drawn(path: str) -> None:
+    task = build(rows_of(path), "detr", DetrImageProcessorPil(size={"height": 24, "width": 32}, pad_size=SQUARE))
+    assert task.collate(encoded(task, rows_of(path)))["pixel_values"].shape == (3, 3, 40, 40)
+    assert task.draw_example(encoded(task, rows_of(path))[0], seed=1).size == (32 * 14, 24 * 14)
 
 
 # Models

@@ -243,7 +243,7 @@ def test_the_best_spans_of_all_windows_with_their_probabilities() -> None:
     assert answer["answer"] == answer["n_best"][0]["answer"] == context[answer["start"] : answer["end"]]
     assert len({(n["start"], n["end"]) for n in answer["n_best"]}) == 3
     assert answer["answer"] == "w5 w6 w7 w8"
-    assert task.describe(answer) == f"w5 w6 w7 w8  {answer['score']:.4f}"
+    assert task.describe(answer) == f"w5 w6 w7 w8  {answer['score']:.4f}  at {answer['start']}-{answer['end']}"
 
 
 def test_an_answer_has_at_most_thirty_tokens() -> None:

@@ -1,6 +1,7 @@
 """Semantic segmentation: classes of masks, changes, loss, metrics against plain references, predictions, bad rows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 from transformers import SegformerImageProcessorPil
 
 from ticktune.errors import BaseModelError, DataError, Problem
+from ticktune.tasks.pictures import class_color, read_mask, seen_picture
 from ticktune.tasks.semantic_segmentation import NO_CLASS, SemanticSegmentation, classes_of_runs
 from ticktune.tasks.task import EncodingReport, Row, TaskOptions, build_task, restore_task
 
@@ -401,6 +403,32 @@ def test_a_drawing_shows_the_picture_its_classes_and_their_names(rows: list[Row]
     colors = {tuple(color) for color in pixels[:3, 5:].reshape(-1, 3).tolist()}
     assert len(colors) == 2
     assert (pixels[0, 5:] == pixels[0, 5]).all()
+
+
+@pytest.mark.parametrize("values", [(7, 1, 300), (7, 1, 9)])
+def test_a_mask_has_the_values_of_the_training_masks(rows: list[Row], tmp_path: Path, values: tuple[int, ...]) -> None:
+    task = replace(build(rows, classes=GROUPS), values=tuple((value, 2) for value in values))
+    answer = {"size": [4, 2], "runs": [[0, 3], [2, 4], [1, 1]]}
+    task.mask(answer).save(tmp_path / "mask.png")
+    a, b, c = values
+    assert read_mask(str(tmp_path / "mask.png"), "").tolist() == [[a, a, a, c], [c, c, c, b]]
+    if max(values) < 256:
+        with Image.open(tmp_path / "mask.png") as image:
+            assert image.convert("RGB").getpixel((0, 0)) == class_color(0)
+
+
+def test_an_example_is_drawn_with_its_classes_laid_over(rows: list[Row]) -> None:
+    task = build(rows, classes=GROUPS)
+    example = encoded(task, rows)[0]
+    seen = np.asarray(seen_picture(PROCESSOR, task.collate([example])["pixel_values"][0]).resize((320, 320), 0))
+    drawn = np.asarray(task.draw_example(example, seed=1))
+    assert drawn.shape == (320 + 3 * 16, 320, 3)
+    classes = np.asarray(Image.fromarray(np.array(CLASSES_ONE, dtype=np.uint8)).resize((320, 320), 0))
+    for c in range(3):
+        here = classes == c
+        expected = (seen[here].astype(float) + np.array(class_color(c))) / 2
+        assert np.abs(drawn[:320][here] - expected).max() <= 1
+    assert (drawn[:320][classes == 255] == seen[classes == 255]).all()
 
 
 # Models

@@ -34,6 +34,22 @@ def build(labels: Sequence[Any], problem: str = "auto", id2label: dict[int, str]
     return task
 
 
+def test_a_cell_holds_several_labels_where_the_recipe_says_what_stands_between_them() -> None:
+    cells = ["Drama|War", "", " War ", None, "Drama||War|"]
+    rows = [{"text": "w1", "label": cell} for cell in cells]
+    config = SimpleNamespace(id2label=None)
+    chosen = replace(options(), separator="|")
+    task = build_task("text-classification", chosen, rows, where, word_tokenizer(), config)
+    assert isinstance(task, TextClassification)
+    assert (task.problem, task.labels) == ("multi", ("Drama", "War"))
+    task.check(rows, where)
+    examples = task.encode(rows, 0, EncodingReport(), labelled=True)
+    assert [example["target"] for example in examples] == [[1, 1], [0, 0], [0, 1], [0, 0], [1, 1]]
+    with pytest.raises(DataError) as caught:
+        task.check([{"text": "w1", "label": "War|Comedy"}], where)
+    assert "'Comedy'" in caught.value.problems[0].message
+
+
 def refused(labels: Sequence[Any], problem: str = "auto") -> Problem:
     with pytest.raises(DataError) as caught:
         build(labels, problem)

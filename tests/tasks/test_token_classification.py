@@ -352,7 +352,7 @@ def test_an_entity_across_windows_is_one_and_has_the_offsets_of_the_joined_token
         {"label": "loc", "text": "w7", "start": 21, "end": 23},
     ]
     assert [e["score"] for e in answer["entities"]] == pytest.approx([0.9, 0.9])
-    assert task.describe(answer) == "w2 w3 w4 (per 0.90), w7 (loc 0.90)"
+    assert task.describe(answer) == "w2 w3 w4 (per 0.90 at 6-14), w7 (loc 0.90 at 21-23)"
     assert task.describe({"entities": [], "tags": []}) == "(none)"
 
 

@@ -91,6 +91,8 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
             )
         if re.search(r"\{[^{}]*[^\w\s{}-][^{}]*\}", name):
             wrong(f"data.columns.{column}", f"only plain {{column}} names can stand in a template, found {name}")
+    if data.separator is not None and recipe.problem in ("single", "regression"):
+        wrong("data.separator", f"expected problem: multi or auto beside it, found {recipe.problem}")
     named = frozenset(data.columns) & known - row.optional_columns
     if named and not any(named <= columns for columns in row.columns):
         sets = " or ".join("+".join(sorted(columns)) for columns in row.columns)

@@ -275,6 +275,9 @@ class Data(Section):
     """Rows that only `eval` looks at."""
     columns: dict[str, Text] = {}
     """What the task calls a column: what the file calls it, or a template such as `{question}\\n{answer}`."""
+    separator: Annotated[str, BeforeValidator(_plain_text), Field(min_length=1)] | None = None
+    """What stands between the labels of a row that has several in one cell, such as `|`; an empty cell is a row without
+    any."""
     max_length: Annotated[int, Field(ge=2, le=2**20)] = 128
     """Longest example, in tokens; longer ones are cut, and counted."""
     max_seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 30.0

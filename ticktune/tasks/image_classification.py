@@ -19,7 +19,16 @@ from ticktune.tasks.classes import (
     read_labels,
     update_classes,
 )
-from ticktune.tasks.pictures import Change, check_pictures, pixel_values, read_picture
+from ticktune.tasks.pictures import (
+    Change,
+    check_pictures,
+    class_color,
+    enlarged,
+    legend_below,
+    pixel_values,
+    read_picture,
+    seen_picture,
+)
 from ticktune.tasks.task import Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 
 _TOP = 5
@@ -121,6 +130,12 @@ class ImageClassification(Task):
     def describe(self, answer: dict[str, Any]) -> str:
         """Label and probability."""
         return describe_class(answer)
+
+    def draw_example(self, example: Example, *, seed: int) -> Any:
+        """What the model sees of the picture, and its label below."""
+        image = seen_picture(self.processor, self.collate([example], seed=seed)["pixel_values"][0])
+        target = example["target"]
+        return legend_below(enlarged(image), [(self.labels[target], class_color(target))])
 
 
 def build(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ticktune.errors import BaseModelError, DataError
 from ticktune.tasks.classes import check_known, class_order, label_config, label_name, ordered_labels
-from ticktune.tasks.pictures import Change, check_pictures, class_color, read_picture, write_on
+from ticktune.tasks.pictures import Change, check_pictures, draw_boxes, enlarged, read_picture, seen_picture
 from ticktune.tasks.task import Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 from ticktune.versions import require
 
@@ -193,20 +193,36 @@ class ObjectDetection(Task):
         return answers
 
     def describe(self, answer: dict[str, Any]) -> str:
-        """Label and score of each object."""
-        return ", ".join(f"{thing['label']} {thing['score']:.2f}" for thing in answer["objects"]) or "(nothing)"
+        """Label, score and box (left, top, width, height) of each object."""
+        things = []
+        for thing in answer["objects"]:
+            box = ", ".join(f"{value:.0f}" for value in thing["box"])
+            things.append(f"{thing['label']} {thing['score']:.2f} at {box}")
+        return "; ".join(things) or "(nothing)"
 
     def draw(self, row: Row, answer: dict[str, Any]) -> Any:
         """The picture with the boxes and their labels on it."""
-        from PIL import ImageDraw
-
         image = read_picture(row["image"])
-        pen = ImageDraw.Draw(image)
-        for thing in reversed(answer["objects"]):  # the surest on top
-            left, top, width, height = thing["box"]
-            color = class_color(self.labels.index(thing["label"]))
-            pen.rectangle((left, top, max(left, left + width - 1), max(top, top + height - 1)), outline=color, width=2)
-            write_on(image, (round(left), round(top)), f"{thing['label']} {thing['score']:.2f}", color)
+        things = reversed(answer["objects"])  # the surest on top
+        draw_boxes(
+            image,
+            [(t["box"], f"{t['label']} {t['score']:.2f}", self.labels.index(t["label"])) for t in things],
+        )
+        return image
+
+    def draw_example(self, example: Example, *, seed: int) -> Any:
+        """What the model sees of the picture, and the boxes with their labels on it."""
+        batch = self.collate([example], seed=seed)
+        values = batch["pixel_values"][0]
+        if "pixel_mask" in batch:  # what was padded is no part of the picture
+            rows, columns = batch["pixel_mask"][0].amax(1).sum(), batch["pixel_mask"][0].amax(0).sum()
+            values = values[:, :rows, :columns]
+        image = enlarged(seen_picture(self.processor, values))
+        height, width = batch["size"][0].tolist()
+        share = torch.tensor([image.width / width, image.height / height] * 2)
+        boxes = (batch["boxes"] * share).tolist()
+        classes = batch["classes"].tolist()
+        draw_boxes(image, [(box, self.labels[c], c) for box, c in zip(boxes, classes, strict=True)])
         return image
 
     def _guesses(self, logits: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:

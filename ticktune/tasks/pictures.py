@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ticktune.device import mix
-from ticktune.errors import DataError
+from ticktune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -143,6 +143,56 @@ def pixel_values(processor: Any, images: Sequence["Image"]) -> Tensor:
     return values
 
 
+def seen_picture(processor: Any, values: Tensor) -> "Image":
+    """What a model sees, as a picture: its pixel values, with scaling and normalisation undone.
+
+    Args:
+        processor: It made the values.
+        values: (channels, height, width) float32.
+
+    Raises:
+        UsageError: The processor gives no grid of pixels.
+    """
+    from PIL import Image as images
+
+    if values.ndim != 3 or len(values) not in (1, 3):
+        shape = " x ".join(map(str, values.shape))
+        raise UsageError(
+            f"the base's image processor gives no picture of 1 or 3 channels but {shape} numbers", where="--draw"
+        )
+    if getattr(processor, "do_normalize", False):
+        mean, spread = (torch.tensor(getattr(processor, name)).view(-1, 1, 1) for name in ("image_mean", "image_std"))
+        values = values * spread + mean
+    if getattr(processor, "do_rescale", False):
+        values = values / processor.rescale_factor
+    pixels = values.round().clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
+    return images.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+
+
+def enlarged(image: "Image", least: int = 320) -> "Image":
+    """A small picture with every pixel as a square, so that its sides are ``least`` pixels or more."""
+    from PIL.Image import Resampling
+
+    factor = -(-least // min(image.size))
+    return image.resize((image.width * factor, image.height * factor), Resampling.NEAREST) if factor > 1 else image
+
+
+def draw_boxes(image: "Image", boxes: Sequence[tuple[Sequence[float], str, int]]) -> None:
+    """Draws boxes with labels on a picture, the last one on top.
+
+    Args:
+        image: Is changed.
+        boxes: Of each: left, top, width and height in pixels; what is written; its class, for the colour.
+    """
+    from PIL import ImageDraw
+
+    pen = ImageDraw.Draw(image)
+    for (left, top, width, height), text, number in boxes:
+        color = class_color(number)
+        pen.rectangle((left, top, max(left, left + width - 1), max(top, top + height - 1)), outline=color, width=2)
+        write_on(image, (round(left), round(top)), text, color)
+
+
 def read_mask(path: str, where: str) -> "np.ndarray[Any, Any]":
     """The values of a mask, (height, width) uint16: of one channel, or the places in a palette.
 
@@ -195,7 +245,8 @@ def write_on(image: "Image", place: tuple[int, int], text: str, color: tuple[int
     width, height = int(right + left), int(bottom + 3)
     x, y = max(0, min(place[0], image.width - width)), max(0, min(place[1], image.height - height))
     pen.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
-    ink = (0, 0, 0) if sum(color) > 380 else (255, 255, 255)
+    luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]  # blue looks darker than green
+    ink = (0, 0, 0) if luma > 128 else (255, 255, 255)
     pen.text((x + 2, y + 1), text, fill=ink)
     return x + width, y + height
 

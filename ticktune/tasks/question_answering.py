@@ -204,8 +204,9 @@ class QuestionAnswering(Task):
         return {**(best[0] if best else {"answer": "", "score": 0.0, "start": 0, "end": 0}), "n_best": best}
 
     def describe(self, answer: dict[str, Any]) -> str:
-        """The answer and its probability."""
-        return f"{answer['answer'] or '(none)'}  {answer['score']:.4f}"
+        """The answer, its probability and its place."""
+        place = f"  at {answer['start']}-{answer['end']}" if answer["answer"] else ""
+        return f"{answer['answer'] or '(none)'}  {answer['score']:.4f}{place}"
 
     def _spans(self, logits: Tensor, batch: Batch) -> list[tuple[list[dict[str, Any]], float]]:
         """Of each window the best spans, and the log of the sum of exp over all spans."""

@@ -17,10 +17,12 @@ from ticktune.tasks.pictures import (
     Change,
     check_pictures,
     class_color,
+    enlarged,
     legend_below,
     pixel_values,
     read_mask,
     read_picture,
+    seen_picture,
 )
 from ticktune.tasks.task import Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 
@@ -199,6 +201,41 @@ class SemanticSegmentation(Task):
         both.paste(Image.fromarray(np.array(colors, dtype=np.uint8)[classes]), (image.width, 0))
         seen = [c for c in range(len(self.labels)) if (classes == c).any()]
         return legend_below(both, [(self.labels[c], colors[c]) for c in seen])
+
+    def mask(self, answer: dict[str, Any]) -> Any:
+        """The mask: each class by the first value in the training masks that is it, its colour in the palette.
+
+        Of one channel of 16 bits, without colours, where a value is larger than 255.
+        """
+        from PIL import Image
+
+        values = np.array([values[0] for values in self.values], dtype=np.uint16)
+        pixels = values[classes_of_runs(answer)]
+        if values.max() > 255:
+            return Image.fromarray(pixels)
+        mask = Image.fromarray(pixels.astype(np.uint8), "L").convert("P")
+        palette = np.zeros((256, 3), dtype=np.uint8)
+        palette[values] = [class_color(c) for c in range(len(self.labels))]
+        mask.putpalette(palette.tobytes())
+        return mask
+
+    def draw_example(self, example: Example, *, seed: int) -> Any:
+        """What the model sees of the picture, the classes' colours laid over it, and what they are.
+
+        Pixels without a class keep the picture's own colours.
+        """
+        from PIL import Image
+
+        batch = self.collate([example], seed=seed)
+        image = enlarged(seen_picture(self.processor, batch["pixel_values"][0]))
+        mask = Image.fromarray(batch["mask"][0].numpy()).resize(image.size, Image.Resampling.NEAREST)
+        classes = np.asarray(mask)
+        colors = [class_color(c) for c in range(len(self.labels))]
+        table = np.array([*colors, *[(0, 0, 0)] * (NO_CLASS + 1 - len(colors))], dtype=np.uint8)
+        mixed = Image.blend(image, Image.fromarray(table[classes]), 0.5)
+        mixed.paste(image, mask=Image.fromarray(np.where(classes == NO_CLASS, 255, 0).astype(np.uint8)))
+        seen = [c for c in range(len(self.labels)) if (classes == c).any()]
+        return legend_below(mixed, [(self.labels[c], colors[c]) for c in seen])
 
     def _classes_of(self, path: str) -> "np.ndarray[Any, Any]":
         """The class of each pixel of a mask file, (height, width) uint8."""

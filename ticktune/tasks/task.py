@@ -40,6 +40,7 @@ class TaskOptions:
         max_seconds: Longest sound.
         vocabulary: ``base``, or ``rows``: the characters of the training transcripts.
         language: What is spoken, for a model of several languages.
+        separator: What stands between the labels of one cell; None: a cell is one label.
     """
 
     columns: tuple[str, ...]
@@ -57,6 +58,7 @@ class TaskOptions:
     max_seconds: float = 30.0
     vocabulary: str = "base"
     language: str | None = None
+    separator: str | None = None
 
 
 @dataclass
@@ -234,6 +236,22 @@ class Task(ABC):
             UsageError: Answers of this task cannot be drawn.
         """
         raise UsageError(f"answers of {self.name} cannot be drawn", where="--draw", fix="leave it out")
+
+    def mask(self, answer: dict[str, Any]) -> Any:
+        """An answer as a mask such as those of training, a picture of Pillow's; None: answers are no masks."""
+        return None
+
+    def draw_example(self, example: Example, *, seed: int) -> Any:
+        """An example as a model in training sees it, with its answer, as a picture of Pillow's.
+
+        Args:
+            example: It has its answer.
+            seed: Of what is random in training.
+
+        Raises:
+            UsageError: Examples of this task cannot be drawn.
+        """
+        raise UsageError(f"examples of {self.name} cannot be drawn", where="--draw", fix="leave it out")
 
 
 def best_of(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ class TextClassification(Task):
         """
         found: list[tuple[str, int]] = []
         for i, row in enumerate(rows):
-            label = row["label"]
+            label = _parts(row["label"], self.options.separator)
             if self.problem == "regression":
                 if _number(label) is None:
                     raise DataError(f"expected a finite number as label, found {label!r}", where=where(i))
@@ -121,7 +121,7 @@ class TextClassification(Task):
                 }
             example["length"] = len(example["input_ids"])
             if labelled:
-                example["target"] = self._target(row["label"])
+                example["target"] = self._target(_parts(row["label"], self.options.separator))
             examples.append(example)
         return examples
 
@@ -272,7 +272,7 @@ def build(
         DataError: Labels of several kinds, a label that is missing, or a single class.
         RecipeError: A key of the loss means nothing for such labels.
     """
-    labels = [row["label"] for row in rows]
+    labels = [_parts(row["label"], options.separator) for row in rows]
     problem = _problem_of(labels, options.problem, where)
     if problem != "single" and options.label_smoothing:
         raise RecipeError(
@@ -326,6 +326,14 @@ def _log_loss() -> Any:
             super().update(-right.clamp_min(torch.finfo(right.dtype).tiny).log())
 
     return LogLoss()
+
+
+def _parts(label: Any, separator: str | None) -> Any:
+    """The labels of a cell where the recipe separates them, as a list; else the label as it is."""
+    if separator is None or isinstance(label, list):
+        return label
+    text = "" if label is None else str(label)
+    return [part.strip() for part in text.split(separator) if part.strip()]
 
 
 def _problem_of(labels: list[Any], asked: str, where: Callable[[int], str]) -> Problem:

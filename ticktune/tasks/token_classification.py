@@ -256,8 +256,8 @@ class TokenClassification(Task):
         return {"entities": entities, "tags": [word["tag"] for word in words]}
 
     def describe(self, answer: dict[str, Any]) -> str:
-        """Each entity with its type."""
-        found = [f"{e['text']} ({e['label']} {e['score']:.2f})" for e in answer["entities"]]
+        """Each entity with its type, score and place."""
+        found = [f"{e['text']} ({e['label']} {e['score']:.2f} at {e['start']}-{e['end']})" for e in answer["entities"]]
         return ", ".join(found) or "(none)"
 
     @property

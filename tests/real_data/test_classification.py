@@ -1,0 +1,71 @@
+"""Text classification on real data: several labels, Chinese, and pairs with a number."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from tests.conftest import Run
+from tests.real_data import cases
+from tests.real_data.commands import better_than_the_head, merged, stock
+
+GENRES = """
+import json, sys
+from transformers import pipeline
+classify = pipeline("text-classification", sys.argv[1])
+for row in map(json.loads, sys.stdin):
+    words = {"text": row["title"], "text_pair": f"seen with: {row['near']}"}
+    found = classify(words, top_k=None, truncation=True, max_length=64)
+    print(json.dumps({one["label"]: one["score"] for one in found}))
+"""
+
+REVIEWS = """
+import json, sys
+from transformers import pipeline
+classify = pipeline("text-classification", sys.argv[1])
+for row in map(json.loads, sys.stdin):
+    found = classify(row["text"], top_k=None, truncation=True, max_length=48)
+    print(json.dumps({one["label"]: one["score"] for one in found}))
+"""
+
+SCORES = """
+import json, sys
+from transformers import pipeline
+classify = pipeline("text-classification", sys.argv[1])
+for row in map(json.loads, sys.stdin):
+    words = {"text": row["sentence1"], "text_pair": row["sentence2"]}
+    print(json.dumps(classify(words, function_to_apply="none", truncation=True, max_length=48)["score"]))
+"""
+
+
+def test_genres_of_films_are_told_better_than_by_the_head_alone(
+    data_folder: Path, ticktune: Run, tmp_path: Path
+) -> None:
+    case = cases.genres(data_folder, tmp_path)
+    ours = better_than_the_head(case, ticktune, tmp_path)
+    theirs = stock(GENRES, merged(ticktune, "ours", tmp_path), lines=case.rows[:100])
+    for answer, found in zip(ours, theirs, strict=False):
+        assert answer["probabilities"] == pytest.approx(found, abs=1e-4)
+        assert set(answer["labels"]) == {name for name, p in answer["probabilities"].items() if p > 0.35}
+    assert max(len(answer["labels"]) for answer in ours) > 1
+
+
+def test_chinese_reviews_are_judged_better_than_by_the_head_alone(
+    data_folder: Path, ticktune: Run, tmp_path: Path
+) -> None:
+    case = cases.reviews(data_folder, tmp_path)
+    ours = better_than_the_head(case, ticktune, tmp_path)
+    theirs = stock(REVIEWS, merged(ticktune, "ours", tmp_path), lines=case.rows)
+    for answer, found in zip(ours, theirs, strict=True):
+        assert answer["probabilities"] == pytest.approx(found, abs=1e-4)
+
+
+def test_sentences_are_compared_better_than_by_the_head_alone(data_folder: Path, ticktune: Run, tmp_path: Path) -> None:
+    case = cases.pairs(data_folder, tmp_path)
+    ours = better_than_the_head(case, ticktune, tmp_path)
+    values, scores = [answer["value"] for answer in ours], [row["score"] for row in case.rows]
+    assert np.corrcoef(values, scores)[0, 1] > 0.5
+    assert spearmanr(values, scores).statistic > 0.5
+    theirs = stock(SCORES, merged(ticktune, "ours", tmp_path), lines=case.rows[:100])
+    assert values[:100] == pytest.approx(theirs, abs=1e-3)
