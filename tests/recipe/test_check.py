@@ -174,6 +174,7 @@ def test_a_task_takes_the_keys_that_it_looks_at_and_no_others(tmp_path: Path, ta
     values = {
         "problem": "multi",
         "loss": {"weights": "balanced", "label_smoothing": 0.1},
+        "data.separator": "|",
         "data.overlap": 8,
         "data.max_seconds": 3,
         "data.vocabulary": "rows",
