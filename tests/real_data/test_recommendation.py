@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Run
 from tests.real_data import cases
 from tests.real_data.bootstrap import interval
 from tests.real_data.cases import read_rows
@@ -38,12 +37,12 @@ for row in map(json.loads, sys.stdin):
 
 
 def test_the_next_film_is_told_better_than_by_the_base_and_by_what_most_people_take(
-    data_folder: Path, ticktune: Run, tmp_path: Path
+    data_folder: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     case = cases.next_item(data_folder, tmp_path)
-    trained(ticktune, case.path, [*case.ours(), "data.validation=null", "output=run"], tmp_path)
+    trained(forked, case.path, [*case.ours(), "data.validation=null", "output=run"], tmp_path)
     used = load_target(find_target(str(tmp_path / "run")), precision="fp32")
     task = used.task
     assert isinstance(task, NextItem)
