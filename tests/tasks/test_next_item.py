@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.models import WORDS, word_tokenizer
+from ticktune.console import Console
+from ticktune.data.encode import encode_rows
+from ticktune.data.read import build_rows
 from ticktune.errors import DataError
+from ticktune.prepare import say_report
+from ticktune.registry import TASKS
 from ticktune.tasks.next_item import NextItem
 from ticktune.tasks.task import IGNORED, EncodingReport, Example, Row, TaskOptions, build_task, restore_task
 
@@ -156,6 +161,11 @@ def test_rows_that_are_no_lists_of_items_are_refused(bad: Row, message: str) -> 
         task_of().check([row(1, 2), bad], lambda i: f"a.jsonl:{i + 1}")
     assert caught.value.problems[0].message == message
     assert caught.value.problems[0].where == "a.jsonl:2"
+
+
+def test_rows_to_predict_are_refused_too() -> None:
+    with pytest.raises(DataError, match="row 2: expected a list of items in the column items, found 'w1 w2'"):
+        encode(task_of(), row(1), {"items": "w1 w2"}, labelled=False)
 
 
 # Building
@@ -382,6 +392,16 @@ def test_unknown_items_are_counted_and_named() -> None:
         _, report = encode(task_of(), *rows, labelled=labelled)
         assert report.unknown == {"zzz": 2, "yyy": 1}
     assert encode(task_of(), *rows)[1].items == 5
+
+
+def test_a_split_with_unknown_items_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    task = task_of()
+    records = [(1, {"items": ["w1", "zzz", "yyy"]}), (2, {"items": ["w2", "zzz"]})]
+    rows = build_rows(records, TASKS["next-item"], {}, "a.jsonl")
+    say_report(encode_rows(task, rows, "tokenizer"), "test", task.limit(), Console())
+    assert capsys.readouterr().err == (
+        "warning: test: 3 of 5 items (60.0 %) are unknown to the base, 2 different ones: zzz, yyy\n"
+    )
 
 
 # Predictions

@@ -71,26 +71,27 @@ class NextItem(Task):
         Without labels the history is continued, or the items of a row without one: from its last max_length - 1 tokens,
         which are what the item after them is predicted from in evaluation.
         """
+        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         examples: list[Example] = []
         for number, row in enumerate(rows, start=first):
-            history, items = row.get("history"), row.get("items") or []
+            _check_row(row, f"row {number + 1}")  # rows to predict are not checked before
+            history, items = row.get("history", []), row.get("items", [])
             if not labelled:
-                history, items = (items if history is None else history), []
-            ids, unknown = self._ids([*(history or []), *items])
+                history, items = (history if "history" in row else items), []
+            ids, unknown = self._ids([*history, *items])
+            report.items += len(ids)
             for name in unknown:
                 report.unknown[name] = report.unknown.get(name, 0) + 1
-            report.items += len(history or []) + len(items)
-            begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-            ids, read = begin + ids, len(begin) + len(history or [])
+            ids, read = begin + ids, len(begin) + len(history)
             if not labelled:
                 ids = ids or [self._unknown]  # nothing to continue, and no token that begins
                 start = max(0, len(ids) + 1 - self.options.max_length)  # the next item would fill the window
                 examples.append(self._example(number, ids, start, len(ids)) | {"unknown": unknown})
                 continue
-            spans = [(a, b) for a, b in _windows(len(ids), self.options.max_length) if b > read]
-            for a, b in spans:
-                labels = [IGNORED if place < read else ids[place] for place in range(a, b)]
-                examples.append(self._example(number, ids, a, b) | {"labels": labels})
+            spans = [(start, end) for start, end in _windows(len(ids), self.options.max_length) if end > read]
+            for start, end in spans:
+                labels = [IGNORED if place < read else ids[place] for place in range(start, end)]
+                examples.append(self._example(number, ids, start, end) | {"labels": labels})
             if not spans:
                 report.unsupervised.append(number)
                 report.why = "there is no item to predict, or nothing before it"
@@ -197,8 +198,8 @@ class NextItem(Task):
             batch: From :meth:`collate`, with labels.
 
         Returns:
-            (items,) float32, row by row: from 1, in halves where scores are equal; infinite where the item is
-            no candidate, as it is unknown or was there before.
+            (items,) float32, row by row: from 1, in halves where scores are equal; infinite where the item is no
+            candidate, as it is unknown or was there before.
         """
         rows, at = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         scores = self._candidates(logits[rows, at], batch, rows, at)
@@ -302,7 +303,7 @@ def build(
     for i, row in enumerate(rows):
         _check_row(row, where(i))
     vocabulary = vocabulary_of(tokenizer)
-    people = [[*(row.get("history") or []), *row["items"]] for row in rows]
+    people = [[*row.get("history", []), *row["items"]] for row in rows]
     names = [str(item) for items in people for item in items]
     if not any(name in vocabulary for name in names):
         raise DataError(
