@@ -71,15 +71,16 @@ def encode_rows(
     key = sha256_json([_FORMAT, rows.sha256, rows.templates, lines, identity, labelled])
     found = _load(_directory(key), rows) if cached else None
     if found is None:
-        report, store, count = EncodingReport(), Store(), 0
-        for start, part in parts(rows.dataset, _CHUNK, _CHUNK_BYTES):
-            examples = task.encode(part, start, report, labelled=labelled)
-            if examples:
-                store.add({name: [e.get(name) for e in examples] for name in examples[0]})
-            count += len(examples)
-            poll()
-        _check_report(report, rows, count, task.limit())
-        dataset = store.dataset()
+        report, count = EncodingReport(), 0
+        with Store() as store:
+            for start, part in parts(rows.dataset, _CHUNK, _CHUNK_BYTES):
+                examples = task.encode(part, start, report, labelled=labelled)
+                if examples:
+                    store.add({name: [e.get(name) for e in examples] for name in examples[0]})
+                count += len(examples)
+                poll()
+            _check_report(report, rows, count, task.limit())
+            dataset = store.dataset()
         found = Encoded(dataset, _lengths(dataset), report, rows)
         if cached:
             _save(_directory(key), found)

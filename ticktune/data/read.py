@@ -142,32 +142,32 @@ def build_rows(
 
     datasets.disable_progress_bars()
     lines = array("q")
-    store = Store()
     values: dict[str, list[Any]] = {}
     first: dict[str, Any] = {}
     templates: dict[str, str] = {}
     size = 0
-    for line, record in itertools.islice(records, limit):
+    with Store() as store:
+        for line, record in itertools.islice(records, limit):
+            if not lines:
+                templates = _templates(task, columns, record, f"{name}:{line}", labelled)
+                values = {column: [] for column in templates}
+            for column, template in templates.items():
+                value = _value(template, record, column, task, f"{name}:{line}")
+                if column in task.file_columns:
+                    value = resolve_file(str(value or ""), folder, column, f"{name}:{line}")
+                values[column].append(value)
+                size += size_of(value)
+            lines.append(line)
+            first = first or {column: items[0] for column, items in values.items()}
+            if len(lines) % PART_ROWS == 0 or size > PART_BYTES:
+                _keep(store, values, first, lines, name)
+                values, size = {column: [] for column in templates}, 0
+                poll()
         if not lines:
-            templates = _templates(task, columns, record, f"{name}:{line}", labelled)
-            values = {column: [] for column in templates}
-        for column, template in templates.items():
-            value = _value(template, record, column, task, f"{name}:{line}")
-            if column in task.file_columns:
-                value = resolve_file(str(value or ""), folder, column, f"{name}:{line}")
-            values[column].append(value)
-            size += len(value) if isinstance(value, str) else size_of(value)
-        lines.append(line)
-        first = first or {column: items[0] for column, items in values.items()}
-        if len(lines) % PART_ROWS == 0 or size > PART_BYTES:
+            raise DataError("there are no rows", where=name)
+        if any(values.values()):
             _keep(store, values, first, lines, name)
-            values, size = {column: [] for column in templates}, 0
-            poll()
-    if not lines:
-        raise DataError("there are no rows", where=name)
-    if any(values.values()):
-        _keep(store, values, first, lines, name)
-    dataset = _finished(store, name)
+        dataset = _finished(store, name)
     files = tuple(column for column in templates if column in task.file_columns)
     # Of files their bytes count, not where they lie.
     digest = digest or _digest_of_values(dataset.remove_columns(files))

@@ -34,7 +34,7 @@ class _Place(NamedTuple):
 
 
 class Store:
-    """Takes rows part by part, and gives them back as one data set.
+    """Takes rows part by part, and gives them back as one data set; a context manager, which closes its file.
 
     The types of the columns are those that all values together have: whole numbers become floats where a later part
     has floats, and an object gets the keys of all. The file that holds what is above :data:`LIMIT` never has a name,
@@ -47,6 +47,13 @@ class Store:
         self._held = 0
         self._file: IO[bytes] | None = None
         self._end = 0
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def add(self, columns: dict[str, list[Any]]) -> None:
         """Adds rows, column by column; the names are the same in every part.
@@ -81,8 +88,8 @@ class Store:
 
         typed = [part if schema == self._schema else self._retyped(part) for schema, part in self._parts]
         if self._file is not None:
-            with self._file as file:  # the mapping keeps a descriptor of its own
-                whole = pyarrow.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            # The mapping keeps a descriptor of its own.
+            whole = pyarrow.py_buffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
         tables = [_read(whole.slice(*part)) if isinstance(part, _Place) else part for part in typed]
         # The default fingerprint is a hash of all rows, for which they would be copied into memory.
         return datasets.Dataset(InMemoryTable(pyarrow.concat_tables(tables)), fingerprint=secrets.token_hex(8))
@@ -157,20 +164,22 @@ def parts(
     Args:
         dataset: The rows.
         rows: The most rows in a part.
-        size: Bytes above which a part is cut, down to a single row.
+        size: The most bytes in a part of several rows.
     """
     tables = dataset.with_format("arrow")
+    average = dataset.data.nbytes // max(1, dataset.data.num_rows)
+    rows = max(1, min(rows, size // max(1, average)))
     for start in range(0, len(dataset), rows):
-        table = tables[start : start + rows]
-        step = max(1, min(rows, len(table) * size // max(1, table.nbytes)))
-        for first in range(0, len(table), step):
-            yield start + first, table.slice(first, step).to_pylist()
+        first = start
+        for table in _cut(tables[start : start + rows], size):
+            yield first, table.to_pylist()
+            first += len(table)
 
 
 def size_of(value: Any) -> int:
     """About how many bytes a value takes in Arrow."""
     if isinstance(value, str | bytes):
-        return len(value)
+        return len(value) + 4
     if isinstance(value, dict):
         return sum(map(size_of, value.values()))
     if isinstance(value, list | tuple):
@@ -191,6 +200,15 @@ def cache_directory() -> Path:
         raise ResourceError(
             "there is no home directory for the cache", fix="set XDG_CACHE_HOME to a directory"
         ) from error
+
+
+def _cut(table: "pyarrow.Table", size: int) -> "Iterator[pyarrow.Table]":
+    if len(table) <= 1 or table.nbytes <= size:
+        yield table
+        return
+    middle = len(table) // 2
+    yield from _cut(table.slice(0, middle), size)
+    yield from _cut(table.slice(middle), size)
 
 
 def _read(data: "pyarrow.Buffer") -> "pyarrow.Table":
