@@ -93,7 +93,7 @@ def test_a_part_stays_in_memory_until_the_limit_is_reached(cache: Path, monkeypa
         assert not cache.exists()
         made.add({"x": [1] * 12})
         assert cache.exists()
-        made.add({"x": [2] * 12})  # in memory again, behind those in the file
+        made.add({"x": [2] * 12})
         assert list(made.dataset()["x"]) == [0] * 12 + [1] * 12 + [2] * 12
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _CHUNK = 1024  # rows
-_CHUNK_BYTES = 1024 * 1024  # of rows; while they are tokenised, their tokens are Python objects
 _CACHE_FROM_ROWS = 2000  # fewer are tokenised faster than a cache is verified
 _MAX_UNSUPERVISED = 0.05
 _FORMAT = 2
@@ -73,7 +72,7 @@ def encode_rows(
     if found is None:
         report, count = EncodingReport(), 0
         with Store() as store:
-            for start, part in parts(rows.dataset, _CHUNK, _CHUNK_BYTES):
+            for start, part in parts(rows.dataset, _CHUNK):
                 examples = task.encode(part, start, report, labelled=labelled)
                 if examples:
                     store.add({name: [e.get(name) for e in examples] for name in examples[0]})

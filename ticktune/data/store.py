@@ -20,7 +20,7 @@ LIMIT = 32 * 1024 * 1024
 """Bytes, as Arrow counts them, that a store holds in memory."""
 
 PART_ROWS = 4096
-PART_BYTES = 4 * 1024 * 1024
+PART_BYTES = 1024 * 1024
 """A part is full with so many rows or bytes: few enough to be Python objects, enough to be worth a record batch."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -71,9 +71,12 @@ class Store:
         self._schema = pyarrow.unify_schemas(known, promote_options="permissive")
         self._parts.append((table.schema, table))
         self._held += table.nbytes
-        if self._held > LIMIT:
-            self._parts = [(schema, self._written(part)) for schema, part in self._parts]
-            self._held = 0
+        if self._file is not None:
+            self._parts[-1] = (table.schema, self._written(table))
+        elif self._held > LIMIT:
+            for number, (schema, part) in enumerate(self._parts):
+                self._parts[number] = (schema, self._written(part))
+            pyarrow.default_memory_pool().release_unused()  # else the allocator keeps what the parts took
 
     def dataset(self) -> "Dataset":
         """All rows, in the order in which they came; nothing can be added any more.
