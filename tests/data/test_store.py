@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +24,7 @@ from ticktune.errors import DataError, ResourceError
 from ticktune.recipe.schema import Source
 from ticktune.registry import TASKS
 from ticktune.tasks.causal_lm import CausalLm
-from ticktune.tasks.task import TaskOptions
+from ticktune.tasks.task import EncodingReport, Example, TaskOptions
 
 CLASSIFY = TASKS["text-classification"]
 
@@ -250,6 +251,23 @@ def test_examples_do_not_depend_on_what_is_held(held: int, monkeypatch: pytest.M
     expected = task.encode(records, 0, type(encoded.report)(), labelled=True)
     assert encoded.take(list(range(40))) == expected
     assert list(encoded.lengths) == [example["length"] for example in expected]
+
+
+@dataclass(frozen=True)
+class Uneven(CausalLm):
+    """Examples that do not all have the same keys."""
+
+    def encode(self, rows: Any, first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
+        examples = super().encode(rows, first, report, labelled=labelled)
+        return [{**e, "note": "n"} if e["row"] % 2 else {"other": 1, **e} for e in examples]
+
+
+def test_examples_have_the_keys_of_the_first_one(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_CHUNK", 1)
+    rows = build_rows(enumerate([{"text": "w1"}] * 4, start=1), TASKS["causal-lm"], {}, "a.jsonl")
+    encoded = encode_rows(Uneven(TaskOptions(("text",), 5), word_tokenizer()), rows, None)
+    assert [example["other"] for example in encoded.take([0, 1, 2, 3])] == [1, None, 1, None]
+    assert "note" not in encoded.take([1])[0]
 
 
 # What cannot be written

@@ -71,11 +71,13 @@ def encode_rows(
     found = _load(_directory(key), rows) if cached else None
     if found is None:
         report, count = EncodingReport(), 0
+        names: list[str] = []  # those of the first example
         with Store() as store:
             for start, part in parts(rows.dataset, _CHUNK):
                 examples = task.encode(part, start, report, labelled=labelled)
                 if examples:
-                    store.add({name: [e.get(name) for e in examples] for name in examples[0]})
+                    names = names or list(examples[0])
+                    store.add({name: [e.get(name) for e in examples] for name in names})
                 count += len(examples)
                 poll()
             _check_report(report, rows, count, task.limit())
