@@ -50,6 +50,7 @@ ORDER = [
     "ticktune.patch.detect",
     "ticktune.patch.attach",
     "ticktune.data.media",
+    "ticktune.data.store",
     "ticktune.data.read",
     "ticktune.data.encode",
     "ticktune.data.batches",

@@ -1,5 +1,7 @@
 """Recipe -> rows, task, examples and base: everything that stands before a model is trained or used."""
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -119,9 +121,9 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         language=recipe.data.language,
         separator=recipe.data.separator,
     )
-    task = build_task(recipe.task, options, train.as_list(), train.where, processor, load_config(base))
+    task = build_task(recipe.task, options, train.records(), train.where, processor, load_config(base))
     for name in rows:
-        task.check(rows[name].as_list(), rows[name].where)
+        task.check(rows[name].records(), rows[name].where)
     _check_metric(loaded, task)
     _warn_overlap(rows, console)
     dtype = training_dtype(recipe.base.dtype, base, compute.precision, compute.device.type)
@@ -410,13 +412,19 @@ def _check_metric(loaded: LoadedRecipe, task: Task) -> None:
 
 
 def _warn_overlap(rows: dict[str, Rows], console: Console) -> None:
-    train = {repr(row) for row in rows["train"].as_list()}
-    for name in ("validation", "test"):
-        if name in rows:
-            both = sum(repr(row) in train for row in rows[name].as_list())
-            if both:
-                share = 100 * both / len(rows[name])
-                console.warn(f"{both} of the {len(rows[name])} {name} rows ({share:.1f} %) are training rows too")
+    counts = {name: Counter(map(_digest, rows[name].records())) for name in ("validation", "test") if name in rows}
+    found = dict.fromkeys(counts, 0)
+    for row in map(_digest, rows["train"].records() if counts else ()):
+        for name, count in counts.items():
+            found[name] += count.pop(row, 0)
+    for name, both in found.items():
+        if both:
+            share = 100 * both / len(rows[name])
+            console.warn(f"{both} of the {len(rows[name])} {name} rows ({share:.1f} %) are training rows too")
+
+
+def _digest(row: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
 
 
 def say_report(examples: Encoded, name: str, limit: str, console: Console) -> None:

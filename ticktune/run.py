@@ -196,7 +196,7 @@ def evaluate(
             where = "--min" if at_least else "--max"
             raise UsageError(f"there is no metric {metric} here", where=where, fix=f"one of: {', '.join(known)}")
     _warn_changed_rows(used, rows, name, console)
-    used.task.check(rows.as_list(), rows.where)
+    used.task.check(rows.records(), rows.where)
     examples = encode(used.task, rows, used.processor_files)
     say_report(examples, name, used.task.limit(), console)
     metrics = score(used.model, used.task, examples, used.compute, _PREDICT_BATCH)

@@ -55,7 +55,7 @@ def contents(encoded: Encoded) -> list[Example]:
 def test_examples_come_in_the_order_of_the_rows_with_their_lengths() -> None:
     encoded = encode_rows(counting(), rows_of(PAIRS), None)
     assert [example["row"] for example in contents(encoded)] == list(range(20))
-    assert encoded.lengths == [4] * 20
+    assert list(encoded.lengths) == [4] * 20
 
 
 def test_take_gives_the_asked_examples_in_the_asked_order() -> None:

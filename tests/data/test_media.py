@@ -42,7 +42,7 @@ def test_the_names_of_subfolders_are_labels_in_order(tmp_path: Path) -> None:
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache/e.png").write_text("6")
     rows = read(tmp_path)
-    assert [(Path(r["image"]).relative_to(tmp_path).as_posix(), r["label"]) for r in rows.as_list()] == [
+    assert [(Path(r["image"]).relative_to(tmp_path).as_posix(), r["label"]) for r in list(rows.records())] == [
         ("_hidden/d.png", "_hidden"),
         ("cat/deep/c.webp", "cat"),
         ("dog/a.JPG", "dog"),
@@ -87,7 +87,7 @@ def test_metadata_name_the_files_beside_them(tmp_path: Path, name: str, content:
     write(tmp_path, x__a_png="1", b_png="2", c_png="3")
     (tmp_path / name).write_text(content)
     rows = read(tmp_path)
-    assert rows.as_list() == [
+    assert list(rows.records()) == [
         {"image": str(tmp_path / "x/a.png"), "label": "cat"},
         {"image": str(tmp_path / "b.png"), "label": "dog"},
     ]
@@ -97,13 +97,13 @@ def test_metadata_name_the_files_beside_them(tmp_path: Path, name: str, content:
 def test_any_file_of_rows_may_name_files(tmp_path: Path) -> None:
     write(tmp_path / "pictures", a_png="1")
     (tmp_path / "rows.jsonl").write_text('{"image": "pictures/a.png", "label": "cat"}\n')
-    assert read(tmp_path, "rows.jsonl").as_list() == [{"image": str(tmp_path / "pictures/a.png"), "label": "cat"}]
+    assert list(read(tmp_path, "rows.jsonl").records()) == [{"image": str(tmp_path / "pictures/a.png"), "label": "cat"}]
 
 
 def test_an_absolute_path_stays(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", a_png="1")
     (tmp_path / "rows.csv").write_text(f"image,label\n{tmp_path}/elsewhere/a.png,cat\n")
-    assert read(tmp_path, "rows.csv").as_list()[0]["image"] == f"{tmp_path}/elsewhere/a.png"
+    assert list(read(tmp_path, "rows.csv").records())[0]["image"] == f"{tmp_path}/elsewhere/a.png"
 
 
 @pytest.mark.parametrize("name", ["b.png", "", "x"])

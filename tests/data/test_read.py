@@ -70,7 +70,7 @@ def problem(folder: Path, name: str, content: str | bytes, *args: Any, **options
     ],
 )
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, content: str | bytes) -> None:
-    assert read(tmp_path, name, content).as_list() == TWO
+    assert list(read(tmp_path, name, content).records()) == TWO
 
 
 def test_parquet_gives_the_same_rows_and_their_numbers(tmp_path: Path) -> None:
@@ -79,50 +79,50 @@ def test_parquet_gives_the_same_rows_and_their_numbers(tmp_path: Path) -> None:
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TWO), tmp_path / "b.parquet")
     rows = read(tmp_path, "a.parquet", (tmp_path / "b.parquet").read_bytes())
-    assert (rows.as_list(), rows.lines) == (TWO, [1, 2])
+    assert (list(rows.records()), list(rows.lines)) == (TWO, [1, 2])
 
 
 def test_a_txt_file_is_one_row_a_line_without_blank_ones(tmp_path: Path) -> None:
     rows = read(tmp_path, "a.txt", "one\r\n\r\n  \r\n two\u2028three ", task=LANGUAGE)
-    assert rows.as_list() == [{"text": "one"}, {"text": " two\u2028three "}]
-    assert rows.lines == [1, 4]
+    assert list(rows.records()) == [{"text": "one"}, {"text": " two\u2028three "}]
+    assert list(rows.lines) == [1, 4]
 
 
 def test_a_txt_file_may_be_one_row(tmp_path: Path) -> None:
     rows = read(tmp_path, "a.txt", b"\xef\xbb\xbfone\n\ntwo\n", task=LANGUAGE, whole_text=True)
-    assert rows.as_list() == [{"text": "one\n\ntwo\n"}]
+    assert list(rows.records()) == [{"text": "one\n\ntwo\n"}]
 
 
 def test_u2028_inside_a_json_string_does_not_end_the_line(tmp_path: Path) -> None:
     content = '{"text": "a\u2028b\u0085c\x0bd", "label": "x"}\n{"text": "b", "label": "y"}\n'.replace("\x0b", "\\u000b")
     rows = read(tmp_path, "a.jsonl", content)
-    assert rows.as_list()[0]["text"] == "a\u2028b\u0085c\x0bd"
-    assert rows.lines == [1, 2]
+    assert list(rows.records())[0]["text"] == "a\u2028b\u0085c\x0bd"
+    assert list(rows.lines) == [1, 2]
 
 
 def test_blank_lines_keep_the_line_numbers_right(tmp_path: Path) -> None:
     content = '\n{"text": "a", "label": 1}\n \n\n{"text": "b", "label": 2}\n'
-    assert read(tmp_path, "a.jsonl", content).lines == [2, 5]
+    assert list(read(tmp_path, "a.jsonl", content).lines) == [2, 5]
 
 
 def test_line_ends_in_quoted_cells_keep_the_line_numbers_right(tmp_path: Path) -> None:
     content = 'text,label\r\n"a\r\nb\r\nc",x\r\n\r\n"d ""e"", f",y\r\ng,x\r\n'
     rows = read(tmp_path, "a.csv", content)
-    assert [row["text"] for row in rows.as_list()] == ["a\r\nb\r\nc", 'd "e", f', "g"]
-    assert rows.lines == [2, 6, 7]
+    assert [row["text"] for row in list(rows.records())] == ["a\r\nb\r\nc", 'd "e", f', "g"]
+    assert list(rows.lines) == [2, 6, 7]
 
 
 def test_a_quote_in_a_tsv_cell_may_hold_a_tab(tmp_path: Path) -> None:
-    assert read(tmp_path, "a.tsv", 'text\tlabel\n"a\tb"\tx\n').as_list() == [{"text": "a\tb", "label": "x"}]
+    assert list(read(tmp_path, "a.tsv", 'text\tlabel\n"a\tb"\tx\n').records()) == [{"text": "a\tb", "label": "x"}]
 
 
 def test_a_csv_cell_may_be_longer_than_128_kib(tmp_path: Path) -> None:
-    assert len(read(tmp_path, "a.csv", f"text,label\n{'a' * 200_000},x\n").as_list()[0]["text"]) == 200_000
+    assert len(list(read(tmp_path, "a.csv", f"text,label\n{'a' * 200_000},x\n").records())[0]["text"]) == 200_000
 
 
 def test_limit_takes_the_first_rows_and_reads_no_further(tmp_path: Path) -> None:
     rows = read(tmp_path, "a.jsonl", '{"text": "a", "label": "x"}\nbroken\n', limit=1)
-    assert rows.as_list() == TWO[:1]
+    assert list(rows.records()) == TWO[:1]
 
 
 # Columns
@@ -130,19 +130,19 @@ def test_limit_takes_the_first_rows_and_reads_no_further(tmp_path: Path) -> None
 
 def test_the_file_may_call_its_columns_as_it_likes(tmp_path: Path) -> None:
     rows = read(tmp_path, "a.jsonl", '{"s": "a", "l": "x", "z": 1}\n', {"text": "s", "label": "l"})
-    assert rows.as_list() == [{"text": "a", "label": "x"}]
+    assert list(rows.records()) == [{"text": "a", "label": "x"}]
 
 
 def test_a_template_joins_columns(tmp_path: Path) -> None:
     content = '{"question": "1 + 1?", "answer": 2, "label": "x"}\n'
     rows = read(tmp_path, "a.jsonl", content, {"text": "Q: {question}\n{answer}", "label": "label"})
-    assert rows.as_list()[0]["text"] == "Q: 1 + 1?\n2"
+    assert list(rows.records())[0]["text"] == "Q: 1 + 1?\n2"
 
 
 def test_braces_in_values_are_not_expanded(tmp_path: Path) -> None:
     content = '{"question": "{answer} {0} {x", "answer": "{question}", "label": "x"}\n'
     rows = read(tmp_path, "a.jsonl", content, {"text": "{question}\n{answer}", "label": "label"})
-    assert rows.as_list()[0]["text"] == "{answer} {0} {x\n{question}"
+    assert list(rows.records())[0]["text"] == "{answer} {0} {x\n{question}"
 
 
 def test_the_order_of_columns_is_the_same_in_every_process(tmp_path: Path) -> None:
@@ -166,35 +166,35 @@ def test_the_order_of_columns_is_the_same_in_every_process(tmp_path: Path) -> No
 
 
 def test_numbers_become_text_in_text_columns(tmp_path: Path) -> None:
-    assert read(tmp_path, "a.jsonl", '{"text": 5, "label": 1}\n').as_list() == [{"text": "5", "label": 1}]
+    assert list(read(tmp_path, "a.jsonl", '{"text": 5, "label": 1}\n').records()) == [{"text": "5", "label": 1}]
 
 
 def test_whole_and_fractional_numbers_mix(tmp_path: Path) -> None:
     content = '{"text": "a", "label": 1}\n{"text": "b", "label": 1.5}\n'
-    assert [row["label"] for row in read(tmp_path, "a.jsonl", content).as_list()] == [1.0, 1.5]
+    assert [row["label"] for row in list(read(tmp_path, "a.jsonl", content).records())] == [1.0, 1.5]
 
 
 def test_a_pair_is_read_where_the_file_has_one(tmp_path: Path) -> None:
     rows = read(tmp_path, "a.jsonl", '{"text": "a", "text_pair": "b", "label": 1}\n')
-    assert rows.as_list() == [{"text": "a", "text_pair": "b", "label": 1}]
+    assert list(rows.records()) == [{"text": "a", "text_pair": "b", "label": 1}]
 
 
 def test_prediction_needs_no_answers(tmp_path: Path) -> None:
     columns = {"text": "s", "label": "l"}
     rows = read(tmp_path, "a.jsonl", '{"s": "a"}\n', columns, labelled=False)
-    assert rows.as_list() == [{"text": "a"}]
+    assert list(rows.records()) == [{"text": "a"}]
 
 
 def test_messages_stay_a_list(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     rows = read(tmp_path, "a.jsonl", json.dumps({"messages": messages}), task=LANGUAGE)
-    assert rows.as_list() == [{"messages": messages}]
+    assert list(rows.records()) == [{"messages": messages}]
 
 
 def test_rows_that_are_chosen_keep_their_lines_and_templates(tmp_path: Path) -> None:
     rows = read(tmp_path, "a.csv", "text,label\na,x\nb,y\n")
     chosen = rows.select([1])
-    assert (chosen.as_list(), len(chosen), chosen.where(0)) == (TWO[1:], 1, f"{tmp_path / 'a.csv'}:3")
+    assert (list(chosen.records()), len(chosen), chosen.where(0)) == (TWO[1:], 1, f"{tmp_path / 'a.csv'}:3")
     assert chosen.templates == rows.templates == {"text": "text", "label": "label"}
 
 
@@ -342,7 +342,7 @@ GOOD = '{"text": "a", "label": 1}\n'
         (
             "a.csv",
             b"text,label\n\xe9,x\n",
-            Problem("byte 11 is not UTF-8", "a.csv", "save the file as UTF-8"),
+            Problem("byte 11 is not UTF-8", "a.csv:2", "save the file as UTF-8"),
         ),
         ("a.parquet", "no", Problem("this is not parquet: ", "a.parquet")),
         (

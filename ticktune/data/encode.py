@@ -1,15 +1,17 @@
 """Rows -> examples, tokenised once and kept in a cache whose key is the content."""
 
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ticktune.console import Console
 from ticktune.data.read import Rows
+from ticktune.data.store import Store, cache_directory, parts
 from ticktune.errors import CheckpointError, DataError, ResourceError
 from ticktune.files import MANIFEST, new_directory, sha256_json, verify_directory, write_json
 from ticktune.tasks.task import EncodingReport, Example, Task
@@ -17,10 +19,10 @@ from ticktune.tasks.task import EncodingReport, Example, Task
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_CHUNK = 1024
+_CHUNK = 1024  # rows
 _CACHE_FROM_ROWS = 2000  # fewer are tokenised faster than a cache is verified
 _MAX_UNSUPERVISED = 0.05
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Encoded:
     """
 
     dataset: "Dataset"
-    lengths: list[int]
+    lengths: Sequence[int]
     report: EncodingReport
     source: Rows
 
@@ -63,23 +65,26 @@ def encode_rows(
     Raises:
         DataError: No row, or too few, has something to learn from.
     """
-    import datasets
-
     cached = len(rows) >= _CACHE_FROM_ROWS and not rows.files  # of files only the names are kept, which is soon done
-    target = _cache_directory() / sha256_json([_FORMAT, rows.sha256, rows.templates, rows.lines, identity, labelled])
-    found = _load(target, rows) if cached else None
+    lines = hashlib.sha256(rows.lines).hexdigest()
+    key = sha256_json([_FORMAT, rows.sha256, rows.templates, lines, identity, labelled])
+    found = _load(_directory(key), rows) if cached else None
     if found is None:
-        report = EncodingReport()
-        examples: list[Example] = []
-        for start in range(0, len(rows), _CHUNK):
-            numbers = range(start, min(start + _CHUNK, len(rows)))
-            examples += task.encode(rows.dataset.select(numbers).to_list(), start, report, labelled=labelled)
-            poll()
-        _check_report(report, rows, len(examples), task.limit())
-        dataset = datasets.Dataset.from_list(examples)
-        found = Encoded(dataset, [e["length"] for e in examples], report, rows)
+        report, count = EncodingReport(), 0
+        names: list[str] = []  # those of the first example
+        with Store() as store:
+            for start, part in parts(rows.dataset, _CHUNK):
+                examples = task.encode(part, start, report, labelled=labelled)
+                if examples:
+                    names = names or list(examples[0])
+                    store.add({name: [e.get(name) for e in examples] for name in names})
+                count += len(examples)
+                poll()
+            _check_report(report, rows, count, task.limit())
+            dataset = store.dataset()
+        found = Encoded(dataset, _lengths(dataset), report, rows)
         if cached:
-            _save(target, found)
+            _save(_directory(key), found)
     return found
 
 
@@ -116,9 +121,13 @@ def _check_report(report: EncodingReport, rows: Rows, examples: int, limit: str)
     )
 
 
-def _cache_directory() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "ticktune" / "examples"
+def _lengths(dataset: "Dataset") -> Sequence[int]:
+    column = dataset.data.column("length").to_numpy()
+    return array("q", column.astype("int64").tobytes())
+
+
+def _directory(key: str) -> Path:
+    return cache_directory() / "examples" / key
 
 
 def _load(directory: Path, rows: Rows) -> Encoded | None:
@@ -134,7 +143,7 @@ def _load(directory: Path, rows: Rows) -> Encoded | None:
         return None
     facts = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     dataset = datasets.load_from_disk(directory / "examples")
-    return Encoded(dataset, list(dataset["length"]), EncodingReport(**facts), rows)
+    return Encoded(dataset, _lengths(dataset), EncodingReport(**facts), rows)
 
 
 def _save(directory: Path, encoded: Encoded) -> None:

@@ -7,12 +7,14 @@ import io
 import itertools
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ticktune.data.media import METADATA, digest_of, metadata_of, read_classes, resolve_file
+from ticktune.data.store import PART_BYTES, PART_ROWS, Records, Store, parts, size_of
 from ticktune.errors import DataError
 from ticktune.files import input_path
 from ticktune.recipe.schema import Source
@@ -41,7 +43,7 @@ class Rows:
     """
 
     dataset: "Dataset"
-    lines: list[int]
+    lines: "array[int]"
     source: str
     sha256: str
     templates: dict[str, str] = field(default_factory=dict)
@@ -62,14 +64,13 @@ class Rows:
             return str(self.dataset[row][self.files[0]])
         return f"{self.source}:{self.lines[row]}"
 
-    def as_list(self) -> list[dict[str, Any]]:
-        """All rows as dicts."""
-        rows: list[dict[str, Any]] = self.dataset.to_list()
-        return rows
+    def records(self) -> Records:
+        """All rows as dicts, which are not held together in memory."""
+        return Records(self.dataset)
 
     def select(self, numbers: Sequence[int]) -> "Rows":
         """The rows with these numbers, in this order."""
-        return replace(self, dataset=self.dataset.select(numbers), lines=[self.lines[i] for i in numbers])
+        return replace(self, dataset=self.dataset.select(numbers), lines=array("q", (self.lines[i] for i in numbers)))
 
 
 def read_rows(
@@ -138,45 +139,82 @@ def build_rows(
     Files that the rows name are looked for from ``folder`` on; their bytes are part of the digest.
     """
     import datasets
-    import pyarrow
 
     datasets.disable_progress_bars()
-    lines: list[int] = []
+    lines = array("q")
     values: dict[str, list[Any]] = {}
+    first: dict[str, Any] = {}
     templates: dict[str, str] = {}
-    for line, record in itertools.islice(records, limit):
+    size = 0
+    with Store() as store:
+        for line, record in itertools.islice(records, limit):
+            if not lines:
+                templates = _templates(task, columns, record, f"{name}:{line}", labelled)
+                values = {column: [] for column in templates}
+            for column, template in templates.items():
+                value = _value(template, record, column, task, f"{name}:{line}")
+                if column in task.file_columns:
+                    value = resolve_file(str(value or ""), folder, column, f"{name}:{line}")
+                values[column].append(value)
+                size += size_of(value)
+            lines.append(line)
+            first = first or {column: items[0] for column, items in values.items()}
+            if len(lines) % PART_ROWS == 0 or size > PART_BYTES:
+                _keep(store, values, first, lines, name)
+                values, size = {column: [] for column in templates}, 0
+                poll()
         if not lines:
-            templates = _templates(task, columns, record, f"{name}:{line}", labelled)
-            values = {column: [] for column in templates}
-        for column, template in templates.items():
-            value = _value(template, record, column, task, f"{name}:{line}")
-            if column in task.file_columns:
-                value = resolve_file(str(value or ""), folder, column, f"{name}:{line}")
-            values[column].append(value)
-        lines.append(line)
-        if len(lines) % 4096 == 0:
-            poll()
-    if not lines:
-        raise DataError("there are no rows", where=name)
+            raise DataError("there are no rows", where=name)
+        if any(values.values()):
+            _keep(store, values, first, lines, name)
+        dataset = _finished(store, name)
+    files = tuple(column for column in templates if column in task.file_columns)
+    # Of files their bytes count, not where they lie.
+    digest = digest or _digest_of_values(dataset.remove_columns(files))
+    if files:
+        digest = digest_of((row[column] for column in files for row in Records(dataset)), digest)
+    return Rows(dataset, lines, name, digest, templates, files, by_file)
+
+
+def _keep(store: Store, values: dict[str, list[Any]], first: dict[str, Any], lines: "array[int]", name: str) -> None:
+    """Adds the last of the rows to the store; ``first`` is the first row of all."""
+    import pyarrow
+
     try:
-        dataset = datasets.Dataset.from_dict(values)
+        store.add(values)
     except OverflowError as error:
         raise DataError("a number has more than 64 bits", where=name, fix="write it as text") from error
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        column, i, j = _mixed(values)
+        column, i = _mixed(values, first)
         raise DataError(
-            f"the column {column} has values of several kinds: {values[column][i]!r} here, "
-            f"{values[column][j]!r} in line {lines[j]}",
-            where=f"{name}:{lines[i]}",
+            f"the column {column} has values of several kinds: {first[column]!r} here, {values[column][i]!r} in "
+            f"line {lines[i - len(values[column])]}",
+            where=f"{name}:{lines[0]}",
             fix="write all of them in one way",
         ) from error
-    files = tuple(column for column in values if column in task.file_columns)
-    # Of files their bytes count, not where they lie.
-    plain = {column: items for column, items in values.items() if column not in files}
-    digest = digest or hashlib.sha256(repr(plain).encode()).hexdigest()
-    if files:
-        digest = digest_of((path for column in files for path in values[column]), digest)
-    return Rows(dataset, lines, name, digest, templates, files, by_file)
+
+
+def _finished(store: Store, name: str) -> "Dataset":
+    import pyarrow
+
+    try:
+        return store.dataset()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(
+            f"a column has values of several kinds: {error}", where=name, fix="write all of them in one way"
+        ) from error
+
+
+def _digest_of_values(dataset: "Dataset") -> str:
+    """SHA-256 of what ``repr`` gives for a dict of all columns."""
+    found = hashlib.sha256()
+    for number, column in enumerate(dataset.column_names):
+        found.update(f"{', ' if number else '{'}{column!r}: [".encode())
+        for start, rows in parts(dataset.select_columns(column)):
+            found.update(((", " if start else "") + ", ".join(repr(row[column]) for row in rows)).encode())
+        found.update(b"]")
+    found.update(b"}" if dataset.column_names else b"{}")
+    return found.hexdigest()
 
 
 def text_lines(data: bytes, name: str) -> list[str]:
@@ -242,13 +280,13 @@ def _text(value: Any, column: str, where: str) -> str:
     return str(value)
 
 
-def _mixed(values: dict[str, list[Any]]) -> tuple[str, int, int]:
+def _mixed(values: dict[str, list[Any]], first: dict[str, Any]) -> tuple[str, int]:
+    """The column and the place of the first value that is of another kind than the first row's."""
     for column, items in values.items():
         for i, item in enumerate(items):
-            if _kind(item) != _kind(items[0]):
-                return column, 0, i
-    column = next(iter(values))
-    return column, 0, 0
+            if _kind(item) != _kind(first[column]):
+                return column, i
+    return next(iter(values)), 0
 
 
 def _kind(value: Any) -> set[str]:
@@ -294,7 +332,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(_MAX_LINE)  # the default, 128 KiB, is less than a long document
-    reader = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_csv_lines(path), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
     try:
@@ -317,6 +355,22 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
             yield start, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"this is not CSV: {error}", where=f"{path}:{line}") from error
+
+
+def _csv_lines(path: Path) -> Iterator[str]:
+    """Lines with their ends, of which a carriage return alone is one too."""
+    try:
+        with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            for line in text:
+                if "\0" in line:
+                    break
+                yield line
+            else:
+                return
+    except UnicodeDecodeError:
+        pass
+    for _ in _lines(path):  # raises, with the place
+        continue
 
 
 def _read_txt(path: Path, whole: bool) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -215,7 +215,9 @@ class Source(Section):
 
     path: Text | None = None
     """jsonl, json, csv, tsv, parquet or txt file, relative to the recipe file; or a folder of pictures or sound, with a
-    metadata.jsonl or metadata.csv whose file_name names each, or with a subfolder for each label."""
+    metadata.jsonl or metadata.csv whose file_name names each, or with a subfolder for each label. Rows and tokens above
+    32 MiB are kept on disk, in the cache directory, while a command runs; a json file, a txt file that is one document,
+    and standard input are read into memory whole."""
     hub: Text | None = None
     """Name of a Hub data set."""
     config: Text | None = None

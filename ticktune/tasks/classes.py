@@ -1,6 +1,7 @@
 """What the tasks share that put something into one of several classes: labels, weights, loss, metrics, answers."""
 
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -20,6 +21,11 @@ def label_name(label: Any) -> str:
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return str(label).strip()
+
+
+def shared(label: Any) -> Any:
+    """The label; those that are the same text are one object, as there are many rows and few labels."""
+    return sys.intern(label) if type(label) is str else label
 
 
 def ordered_labels(names: set[str], base_config: Any) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from ticktune.tasks.classes import (
     label_name,
     macro_auroc,
     read_labels,
+    shared,
     update_classes,
 )
 from ticktune.tasks.task import Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
@@ -87,7 +88,7 @@ class TextClassification(Task):
         Raises:
             DataError: Naming the first such row.
         """
-        found: list[tuple[str, int]] = []
+        found: dict[str, int] = {}  # label -> the first row that has it
         for i, row in enumerate(rows):
             label = _parts(row["label"], self.options.separator)
             if self.problem == "regression":
@@ -97,8 +98,9 @@ class TextClassification(Task):
             if (self.problem == "multi") != isinstance(label, list):
                 expected = "a list of labels" if self.problem == "multi" else "a label"
                 raise DataError(f"expected {expected}, found {label!r}", where=where(i))
-            found += [(label_name(name), i) for name in (label if self.problem == "multi" else [label])]
-        check_known([name for name, _ in found], self.labels, lambda k: where(found[k][1]))
+            for name in label if self.problem == "multi" else [label]:
+                found.setdefault(label_name(name), i)
+        check_known(list(found), self.labels, lambda k: where(list(found.values())[k]))
 
     def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
         """Tokenises; a text that is too long loses its end (of a pair, the longer one does)."""
@@ -272,7 +274,7 @@ def build(
         DataError: Labels of several kinds, a label that is missing, or a single class.
         RecipeError: A key of the loss means nothing for such labels.
     """
-    labels = [_parts(row["label"], options.separator) for row in rows]
+    labels = [shared(_parts(row["label"], options.separator)) for row in rows]
     problem = _problem_of(labels, options.problem, where)
     if problem != "single" and options.label_smoothing:
         raise RecipeError(

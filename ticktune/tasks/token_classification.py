@@ -1,6 +1,8 @@
 """Token classification: a tag for each word of a text, and the entities that the tags mark."""
 
 import re
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import DataError
-from ticktune.tasks.classes import balanced_weights, check_known, class_loss, label_config, read_labels
+from ticktune.tasks.classes import balanced_weights, check_known, class_loss, label_config, read_labels, shared
 from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
 from ticktune.versions import require
 
@@ -91,10 +93,12 @@ class TokenClassification(Task):
         Raises:
             DataError: Naming the first such row.
         """
+        found: dict[str, int] = {}  # tag -> the first row that has it
         for i, row in enumerate(rows):
             _check_row(row, where(i))
-        flat = [(tag, i) for i, row in enumerate(rows) for tag in row["tags"]]
-        check_known([tag for tag, _ in flat], self.labels, lambda k: where(flat[k][1]))
+            for tag in row["tags"]:
+                found.setdefault(tag, i)
+        check_known(list(found), self.labels, lambda k: where(list(found.values())[k]))
         # A word has no more tokens than bytes and a mark of its beginning: few are worth the tokenizer's time.
         long = [i for i, row in enumerate(rows) if any(len(t.encode()) + 2 > self._room for t in row["tokens"])]
         for i, (counts, tokens) in zip(long, self._counted_words([rows[i]["tokens"] for i in long]), strict=True):
@@ -351,11 +355,13 @@ def build(
             "the base has only a slow tokenizer, which does not say which word a token belongs to",
             fix="choose a base with a tokenizer.json",
         )
+    names: list[str] = []
+    ends = array("q")  # of each row among the tags
     for i, row in enumerate(rows):
         _check_row(row, where(i))
-    flat = [(tag, i) for i, row in enumerate(rows) for tag in row["tags"]]
-    names = [tag for tag, _ in flat]
-    labels = read_labels(names, base_config, lambda k: where(flat[k][1] if flat else 0))
+        names += map(shared, row["tags"])
+        ends.append(len(names))
+    labels = read_labels(names, base_config, lambda k: where(bisect_right(ends, k) if names else 0))
     room = _room(tokenizer, options)
     if options.overlap >= room:
         raise DataError(
