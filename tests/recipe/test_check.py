@@ -32,7 +32,7 @@ def accepted(folder: Path, text: str) -> Recipe:
         (
             HEAD.replace("text-", "txt-") + "data: {train: a}\n",
             Problem(
-                f"expected one of {', '.join(TASKS)}, found txt-classification",
+                "there is no task txt-classification",
                 "r.yaml:1:1 task",
                 "did you mean text-classification?",
             ),
@@ -189,6 +189,11 @@ def test_a_task_takes_the_keys_that_it_looks_at_and_no_others(tmp_path: Path, ta
         (recipe[section] if section else recipe)[name] = value
     refused = {p.where.split()[-1] for p in problems(tmp_path, yaml.safe_dump(recipe))}
     assert refused == frozenset().union(*(row.keys for row in TASKS.values())) - TASKS[task].keys
+
+
+def test_a_task_that_resembles_none_is_answered_with_all(tmp_path: Path) -> None:
+    text = HEAD.replace("text-classification", "juggling") + "data: {train: a}\n"
+    assert [p.message for p in problems(tmp_path, text)] == [f"expected one of {', '.join(TASKS)}, found juggling"]
 
 
 def test_every_broken_rule_is_reported_at_once(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def check(values: dict[str, Any], recipe: Recipe | None, where: Where) -> list[P
         near = difflib.get_close_matches(task, TASKS, 1)
         wrong(
             "task",
-            f"expected one of {', '.join(TASKS)}, found {task}",
+            f"there is no task {task}" if near else f"expected one of {', '.join(TASKS)}, found {task}",
             f"did you mean {near[0]}?" if near else "",
         )
     if recipe is None or row is None:
