@@ -65,7 +65,6 @@ ENTRIES: dict[str, Entry] = {
     "clicks": Entry(cases.clicks, "MovieLens, 1,600 candidates", "MiniLM-L6", MINILM),
     "items": Entry(cases.next_item, "MovieLens, rows of 366 people", "Llama, 0.2M, of 61 other people", SMALL),
     "genres": Entry(cases.genres, "MovieLens, 1,500 films", "MiniLM-L6", MINILM),
-    "reviews": Entry(cases.reviews, "ChnSentiCorp, 3,000 reviews", "BERT, 0.7M, of topics", SMALL),
     "pairs": Entry(cases.pairs, "STS-B, 800 short pairs", "MiniLM-L6", MINILM),
     "digits": Entry(cases.digits, "MNIST, 2,000 pictures", "ViT, 0.1M, of digits 0 to 4", SMALL),
     "scenes": Entry(cases.scenes, "COCO, 100 pictures", "SegFormer, 0.2M, of digits 0 to 4", SMALL),

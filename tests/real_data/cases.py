@@ -282,15 +282,6 @@ def genres(data: Path, folder: Path) -> Case:
     return Case("genres", words, {"lr": 5e-4, "norm_lr": 2e-3, "head_lr": 1e-2}, 1e-2, rows, log_probability)
 
 
-def reviews(data: Path, folder: Path) -> Case:
-    """Whether Chinese reviews praise, by a small BERT that knows what others are about."""
-    base = pretrain.chinese_model(data, folder / "base")
-    words = [f"base.model={base}", "data.train.limit=3000", "data.validation.limit=300", "data.test.limit=300"]
-    words += ["data.max_length=48", "training={epochs: 3, batch_size: 32, precision: fp32}"]
-    rows = read_rows(data / "chnsenticorp/test.jsonl", 400)
-    return Case("reviews", words, {"lr": 3e-3, "norm_lr": 3e-3, "head_lr": 3e-3}, 5e-3, rows, right)
-
-
 def pairs(data: Path, folder: Path) -> Case:
     """How much sentences mean the same, read together, by MiniLM; the set stands in the order of its sources."""
 

@@ -407,43 +407,6 @@ def masked_model(data: Path, target: Path, *, steps: int = 200) -> Path:
     return target
 
 
-TOPICS = ("酒店", "电脑", "本书")  # hotel, computer, this book
-
-
-def chinese_model(data: Path, target: Path, *, steps: int = 200) -> Path:
-    """Trains a small BERT to say which word was taken out of Chinese reviews: hotel, computer or book.
-
-    It reads the reviews from the 3,000th on that have one of the words, without their labels; a token is a character.
-
-    Args:
-        data: Folder of the data sets.
-        target: Where the model's body and tokenizer are saved.
-        steps: Of training.
-    """
-    from transformers import BertForSequenceClassification
-
-    torch.manual_seed(0)
-    lines = (data / "chnsenticorp/train.jsonl").read_text(encoding="utf-8").split("\n")[3000:]
-    texts = [json.loads(line)["text"] for line in filter(None, lines)]
-    tokenizer = wordpiece_tokenizer(texts, 2000, target)
-    chosen = [(text, [word in text for word in TOPICS]) for text in texts]
-    labels = torch.tensor([found.index(True) for _, found in chosen if sum(found) == 1])
-    rest = [text for text, found in chosen if sum(found) == 1]
-    for word in TOPICS:
-        rest = [text.replace(word, "") for text in rest]
-    inputs = tokenizer(rest, truncation=True, max_length=48, padding=True, return_tensors="pt")
-
-    def batches() -> Batches:
-        for rows in shuffled(len(labels), 32, int(torch.randint(1 << 30, ()))):
-            yield {**{name: values[rows] for name, values in inputs.items()}, "labels": labels[rows]}
-
-    config = small_bert(len(tokenizer))
-    # BERT's 0.02 is for wide layers: so narrow ones pass too little of a text on to its first token.
-    config.num_labels, config.initializer_range = len(TOPICS), 0.09
-    learn(BertForSequenceClassification(config), batches, steps, lr=1e-3).base_model.save_pretrained(target)
-    return target
-
-
 def item_model(data: Path, folder: Path) -> Path:
     """Writes rows of MovieLens by people, and a small Llama of films that learned from the people of the base part.
 
