@@ -110,7 +110,7 @@ def questions(data: Path, folder: Path) -> Case:
     words = []
     for name, rows in files.items():
         words.append(f"data.{name}={write_rows(folder / f'{name}.jsonl', rows[: counts[name]])}")
-    words += ["training={epochs: 1, batch_size: 16}", "data.max_length=64", "data.overlap=16"]
+    words += ["training={epochs: 1, batch_size: 16}", "data.max_length=96", "data.overlap=16"]
     rates = {"lr": 1e-3, "norm_lr": 2.5e-3, "head_lr": 1.5e-3}
     return Case(
         "questions", words, rates, 1e-2, files["test"][:250],
