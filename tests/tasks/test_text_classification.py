@@ -530,6 +530,15 @@ def test_rare_labels_of_several_weigh_more_where_they_are_there() -> None:
     assert restore_task("text-classification", options, task.state(), task.tokenizer) == task
 
 
+@pytest.mark.parametrize("labels", [[[1], [1, 2], [2], [2]], [["1"], ["1", "2", "1 "], ["2", "2"], [" 2"]]])
+def test_weights_count_the_rows_with_a_label_however_it_is_written(labels: list[Any]) -> None:
+    rows: list[Row] = [{"text": "w1", "label": label} for label in labels]
+    options = TaskOptions(("text", "label"), 16, class_weights="balanced")
+    task = build_task("text-classification", options, rows, where, word_tokenizer(), None)
+    assert isinstance(task, TextClassification)
+    assert dict(zip(task.labels, task.weights or (), strict=True)) == pytest.approx({"1": 1.0, "2": 1 / 3})
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [

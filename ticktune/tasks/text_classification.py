@@ -296,7 +296,8 @@ def build(
     names = read_labels([name for name, _ in flat], base_config, lambda k: where(flat[k][1] if flat else 0))
     weights = None
     if options.class_weights == "balanced":
-        counts = Counter(name for name, _ in flat)
+        # A label that stands twice in a row is there once, as in its target.
+        counts = Counter(name for label in labels for name in {label_name(part) for part in label})
         weights = tuple((len(labels) - counts[name]) / counts[name] for name in names)
     return TextClassification(options, problem, names, tokenizer, weights)
 
