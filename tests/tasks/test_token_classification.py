@@ -157,6 +157,20 @@ def test_rows_that_cannot_be_used_are_named(bad: Row, expected: Problem) -> None
     assert refused(build, rows) == expected
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("w1 w2", "row 2: expected a list of words in the column tokens, found 'w1 w2'"),
+        (None, "row 2: expected a list of words in the column tokens, found None"),
+        (["w1", None], "row 2: expected a word as text in the column tokens, found None"),
+    ],
+)
+def test_rows_to_predict_are_refused_too(tokens: Any, message: str) -> None:
+    task = TokenClassification(options(), TAGS, word_tokenizer())
+    with pytest.raises(DataError, match=message):
+        task.encode([{"tokens": ["w1"]}, {"tokens": tokens}], 0, EncodingReport(), labelled=False)
+
+
 def test_an_unknown_tag_is_named_with_its_row() -> None:
     rows = [row("w1 w2"), row("w1 w2", "O B-org")]
     assert refused(task_of().check, rows, where) == Problem(

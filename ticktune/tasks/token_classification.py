@@ -110,6 +110,8 @@ class TokenClassification(Task):
         A row that is longer than max_length becomes several examples that share up to ``overlap`` tokens, in whole
         words. Each word is learned, and predicted, in one of them only: where it has most words around it.
         """
+        for i, row in enumerate(rows):
+            _check_words(row, "tokens", f"row {first + i + 1}")  # rows to predict are not checked before
         planned: list[tuple[int, list[str], _Window]] = []
         for i, (counts, tokens) in enumerate(self._counted_words([row["tokens"] for row in rows])):
             self._check_fit(counts, tokens, f"row {first + i + 1}")
@@ -379,19 +381,24 @@ def restore(options: TaskOptions, state: dict[str, Any], tokenizer: Any) -> Toke
     return TokenClassification(options, tuple(state["labels"]), tokenizer, None if weights is None else tuple(weights))
 
 
-def _check_row(row: Row, where: str) -> None:
-    for column, one in (("tokens", "word"), ("tags", "tag")):
-        if not isinstance(row[column], list):
+def _check_words(row: Row, column: str, where: str) -> None:
+    one = "tag" if column == "tags" else "word"
+    if not isinstance(row[column], list):
+        raise DataError(
+            f"expected a list of {one}s in the column {column}, found {_short(repr(row[column]))}", where=where
+        )
+    for item in row[column]:
+        if not isinstance(item, str) or (column == "tags" and not item.strip()):
             raise DataError(
-                f"expected a list of {one}s in the column {column}, found {_short(repr(row[column]))}", where=where
+                f"expected a {one} as text in the column {column}, found {item!r}",
+                where=where,
+                fix="write the names of the tags, such as B-person, not their numbers" if column == "tags" else "",
             )
-        for item in row[column]:
-            if not isinstance(item, str) or (column == "tags" and not item.strip()):
-                raise DataError(
-                    f"expected a {one} as text in the column {column}, found {item!r}",
-                    where=where,
-                    fix="write the names of the tags, such as B-person, not their numbers" if column == "tags" else "",
-                )
+
+
+def _check_row(row: Row, where: str) -> None:
+    for column in ("tokens", "tags"):
+        _check_words(row, column, where)
     tokens, tags = len(row["tokens"]), len(row["tags"])
     if tokens != tags:
         raise DataError(f"expected a tag for each word, found {tokens} tokens and {tags} tags", where=where)
