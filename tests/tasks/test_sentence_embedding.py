@@ -97,6 +97,11 @@ def test_a_score_that_is_no_number_is_named(score: Any) -> None:
     assert caught.value.problems[0].where == "a.jsonl:2"
 
 
+def test_pairs_without_scores_are_refused_where_scores_were_learned() -> None:
+    with pytest.raises(DataError, match="a.jsonl:1: the column score is missing"):
+        task_of().check([{"text": "w1", "text_pair": "w2"}], lambda i: f"a.jsonl:{i + 1}")
+
+
 # Pooling
 
 HIDDEN = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))

@@ -191,6 +191,23 @@ def test_a_row_of_another_split_with_a_strange_label_is_refused(labels: list[Any
     assert caught.value.problems == [expected]
 
 
+@pytest.mark.parametrize(
+    ("learned", "row", "message"),
+    [
+        (("text", "label"), {"text": "w1", "text_pair": "w2", "label": "a"}, "text_pair is there, and .* lack it"),
+        (("text", "text_pair", "label"), {"text": "w1", "label": "a"}, "text_pair is missing, and .* have it"),
+    ],
+)
+def test_a_pair_where_one_text_was_learned_and_the_other_way_is_refused(
+    learned: tuple[str, ...], row: Row, message: str
+) -> None:
+    task = TextClassification(options(columns=learned), "single", ("a", "b"), word_tokenizer())
+    with pytest.raises(DataError, match=f"a:b.jsonl:1: the column {message}"):
+        task.check([row], where)
+    with pytest.raises(DataError, match=f"row 1: the column {message}"):
+        task.encode([row], 0, EncodingReport(), labelled=False)
+
+
 def test_all_unknown_labels_are_counted() -> None:
     with pytest.raises(DataError, match="2 labels do not occur in the training rows: 'c', 'd'"):
         build(["a", "b"]).check([{"label": label} for label in "acdc"], where)
@@ -530,7 +547,7 @@ def test_rare_labels_of_several_weigh_more_where_they_are_there() -> None:
     assert restore_task("text-classification", options, task.state(), task.tokenizer) == task
 
 
-@pytest.mark.parametrize("labels", [[[1], [1, 2], [2], [2]], [["1"], ["1", "2", "1 "], ["2", "2"], [" 2"]]])
+@pytest.mark.parametrize("labels", [[[1], [1, 2], [2], [2]], [["1"], ["1", "2", "1 "], ["2", "2", "2"], [" 2"]]])
 def test_weights_count_the_rows_with_a_label_however_it_is_written(labels: list[Any]) -> None:
     rows: list[Row] = [{"text": "w1", "label": label} for label in labels]
     options = TaskOptions(("text", "label"), 16, class_weights="balanced")

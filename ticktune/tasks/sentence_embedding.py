@@ -72,11 +72,17 @@ class SentenceEmbedding(Task):
         return {"text": text.rstrip("\r")}
 
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
-        """Refuses rows whose score is no number.
+        """Refuses rows whose score is no number, or that have none where scores were learned.
 
         Raises:
             DataError: Naming the first such row.
         """
+        if len(rows) and self._is_scored and "score" not in rows[0]:
+            raise DataError(
+                "the column score is missing, and the rows that the model learns from have it",
+                where=where(0),
+                fix="give all files the same columns, or say in data.columns which are read",
+            )
         for i, row in enumerate(rows):
             if "score" in row and _number(row["score"]) is None:
                 raise DataError(

@@ -83,11 +83,12 @@ class TextClassification(Task):
         return {"text": text.rstrip("\r")}
 
     def check(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
-        """Refuses rows whose label the task cannot have.
+        """Refuses rows whose label the task cannot have, and one text where a pair was learned or the other way.
 
         Raises:
             DataError: Naming the first such row.
         """
+        self._check_pair(rows, where)
         found: dict[str, int] = {}  # label -> the first row that has it
         for i, row in enumerate(rows):
             label = _parts(row["label"], self.options.separator)
@@ -104,6 +105,7 @@ class TextClassification(Task):
 
     def encode(self, rows: Sequence[Row], first: int, report: EncodingReport, *, labelled: bool) -> list[Example]:
         """Tokenises; a text that is too long loses its end (of a pair, the longer one does)."""
+        self._check_pair(rows, lambda i: f"row {first + i + 1}")  # rows to predict are not checked before
         texts = [str(row["text"]) for row in rows]
         pairs = [str(row["text_pair"]) for row in rows] if "text_pair" in self.options.columns else None
         limit = self.options.max_length
@@ -246,6 +248,17 @@ class TextClassification(Task):
         if "labels" in answer:
             return ", ".join(f"{n} {answer['probabilities'][n]:.4f}" for n in answer["labels"]) or "(none)"
         return figure(answer["value"])
+
+    def _check_pair(self, rows: Sequence[Row], where: Callable[[int], str]) -> None:
+        """Looks at the first row: all have the same columns."""
+        learned = "text_pair" in self.options.columns
+        if len(rows) and ("text_pair" in rows[0]) != learned:
+            raise DataError(
+                f"the column text_pair is {'missing' if learned else 'there'}, and the rows that the model learns from "
+                f"{'have it' if learned else 'lack it'}",
+                where=where(0),
+                fix="give all files the same columns, or say in data.columns which are read",
+            )
 
     @property
     def _cut(self) -> float:
