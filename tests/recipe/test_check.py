@@ -53,6 +53,16 @@ def accepted(folder: Path, text: str) -> Recipe:
             ),
         ),
         (
+            HEAD + "data: {train: a, validation: {fraction: 0.5, limit: 2}}\n",
+            Problem(
+                "a share of the training rows makes no use of it", "r.yaml:3:46 data.validation.limit", "remove it"
+            ),
+        ),
+        (
+            HEAD + "data: {train: a, test: {fraction: 0.5, sample_by: line}}\n",
+            Problem("a share of the training rows makes no use of it", "r.yaml:3:40 data.test.sample_by", "remove it"),
+        ),
+        (
             HEAD + "data: {train: {path: a, split: train}}\n",
             Problem("config, split and revision are only for hub data sets", "r.yaml:3:8 data.train"),
         ),

@@ -71,6 +71,10 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
             wrong(f"data.{name}", f"expected one of path, hub or fraction, found {found}")
         if name == "train" and source.fraction is not None:
             wrong("data.train.fraction", "only validation and test can be a share of the training rows")
+        if source.fraction is not None:
+            for key, value in (("limit", source.limit), ("sample_by", source.sample_by)):
+                if value != type(source).model_fields[key].default:
+                    wrong(f"data.{name}.{key}", "a share of the training rows makes no use of it", "remove it")
         if source.hub is None and (source.config or source.split or source.revision):
             wrong(f"data.{name}", "config, split and revision are only for hub data sets")
     same = _same_source(data.train, data.validation), _same_source(data.train, data.test)
