@@ -208,6 +208,13 @@ def test_a_pair_where_one_text_was_learned_and_the_other_way_is_refused(
         task.encode([row], 0, EncodingReport(), labelled=False)
 
 
+@pytest.mark.parametrize(("label", "name"), [(None, "None"), (float("nan"), "nan")])
+def test_a_gap_is_no_label_though_a_class_is_called_so(label: Any, name: str) -> None:
+    for task in (build([name, "b"]), build([[name], ["b"]])):
+        with pytest.raises(DataError, match="a:b.jsonl:2: 1 label does not occur in the training rows: ''"):
+            task.check([{"text": "w1", "label": r if task.problem == "single" else [r]} for r in ("b", label)], where)
+
+
 def test_all_unknown_labels_are_counted() -> None:
     with pytest.raises(DataError, match="2 labels do not occur in the training rows: 'c', 'd'"):
         build(["a", "b"]).check([{"label": label} for label in "acdc"], where)

@@ -17,7 +17,9 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 def label_name(label: Any) -> str:
-    """A label as the text that a config keeps."""
+    """A label as the text that a config keeps; a gap in a table is no text, so that no class has its name."""
+    if label is None or label != label:
+        return ""
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return str(label).strip()
