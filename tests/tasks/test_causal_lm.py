@@ -218,6 +218,17 @@ def test_rows_that_are_no_conversation_are_refused(messages: Any, message: str) 
     assert str(caught.value) == f"a.jsonl:2: {message}"
 
 
+def test_conversations_to_continue_are_refused_too() -> None:
+    with pytest.raises(DataError, match="row 2: expected messages to be a list of {role, content}"):
+        encode(chat_task(), chat(("user", "w1")), {"messages": "hi"}, labelled=False)
+
+
+def test_rows_without_responses_are_refused_where_answers_are_looked_for() -> None:
+    task = CausalLm(TaskOptions(("prompt", "response"), 16, answer="(w[0-9]+)"), word_tokenizer())
+    with pytest.raises(DataError, match="a.jsonl:1: evaluation.generate.answer looks in responses to prompts"):
+        task.check([{"text": "w1"}], lambda i: f"a.jsonl:{i + 1}")
+
+
 # Building
 
 

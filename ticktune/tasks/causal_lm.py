@@ -44,6 +44,12 @@ class CausalLm(Task):
             if "messages" in row:
                 _check_messages(row["messages"], where(i))
             pattern = self.options.answer
+            if pattern is not None and "prompt" not in row:
+                raise DataError(
+                    f"evaluation.generate.answer looks in responses to prompts, found the columns {', '.join(row)}",
+                    where=where(i),
+                    fix="give prompt and response columns here too",
+                )
             if pattern is not None and "response" in row and find_answer(pattern, str(row["response"])) is None:
                 raise DataError(
                     f"expected a match of evaluation.generate.answer, {pattern}, in the response, found none",
@@ -63,6 +69,7 @@ class CausalLm(Task):
         for i, row in enumerate(rows):
             number = first + i
             if "messages" in row:
+                _check_messages(row["messages"], f"row {number + 1}")  # rows to predict are not checked before
                 parts = [self._conversation(row["messages"], labelled)]
                 limit_from_start = True
             elif "prompt" in row:
