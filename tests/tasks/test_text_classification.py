@@ -399,6 +399,15 @@ def test_metrics_of_classes_over_uneven_batches(target: list[int]) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(("target", "guess"), [([0] * 6 + [1], [0] * 7), ([0] * 7, [0] * 6 + [1]), ([1] * 7, [1] * 7)])
+def test_one_class_alone_in_truth_or_guess_has_a_correlation_of_zero(
+    target: list[int], guess: list[int], classes: int
+) -> None:
+    logits = torch.eye(classes)[guess]
+    assert scores_of(task_of("single", classes), logits, torch.tensor(target))["mcc"] == 0.0
+
+
 def test_a_perfect_ranking_has_an_auroc_of_one_though_a_class_is_absent() -> None:
     logits = torch.tensor([[5.0, 0, 0], [0, 5, 0], [5, 0, 0], [0, 5, 0]])
     assert scores_of(task_of("single"), logits, torch.tensor([0, 1, 0, 1]))["auroc"] == 1.0

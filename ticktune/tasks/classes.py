@@ -133,7 +133,7 @@ def class_metrics(count: int) -> Any:
         {
             "accuracy": c.MulticlassAccuracy(count, average="micro"),
             "f1": c.MulticlassF1Score(count, average="macro"),
-            "mcc": c.MulticlassMatthewsCorrCoef(count),
+            "mcc": _matthews(count),
             "auroc": macro_auroc(c.MulticlassAUROC, count),
             "loss": MeanMetric(),
         }
@@ -182,3 +182,22 @@ def macro_auroc(kind: Any, classes: int) -> Any:
             return scores[(inside > 0) & (inside < len(target))].mean()
 
     return MacroAuroc(classes, average=None)
+
+
+def _matthews(classes: int) -> Any:
+    """Matthews' correlation; 0 where all rows, or all predictions, are of one class.
+
+    For two classes torchmetrics 1.9 gives something else there, such as 0.41 for a model that always says what 95 of
+    100 rows are, and such a model could be chosen.
+    """
+    from torchmetrics.classification import MulticlassMatthewsCorrCoef
+
+    class Matthews(MulticlassMatthewsCorrCoef):  # type: ignore[misc]
+        def compute(self) -> Tensor:
+            counts = self.confmat.double()
+            rows, columns, total = counts.sum(1), counts.sum(0), counts.sum()
+            both = counts.trace() * total - rows @ columns
+            spread = (total**2 - rows @ rows) * (total**2 - columns @ columns)
+            return both / spread.sqrt() if spread > 0 else torch.zeros_like(both)
+
+    return Matthews(classes)
