@@ -85,19 +85,18 @@ def train(loaded: LoadedRecipe, console: Console, *, restart: bool = False) -> N
     with lock(run.path), watched_signals() as signals:
         remove_leftovers(run.path)
         remove_leftovers(run.checkpoints)
-        if restart:
-            _forget(run)
-        _refuse_changed_recipe(run, loaded)
-        if run.record().get("status") == "complete":
+        if not restart:
+            _refuse_changed_recipe(run, loaded)
+        if not restart and run.record().get("status") == "complete":
             read_facts(run.adapter)
             console.note(f"{run.path}: already complete, nothing to do")
             _say_result(run, console)
             return
-        _train(loaded, run, console, signals)
+        _train(loaded, run, console, signals, restart)
         _say_result(run, console)
 
 
-def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Signals) -> None:
+def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Signals, restart: bool) -> None:
     recipe = loaded.recipe
     torch.use_deterministic_algorithms(recipe.training.deterministic)
     try:
@@ -120,6 +119,8 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
         )
     _check_trainable(model)
 
+    if restart:  # not before: a bad row must not cost the run that it would have replaced
+        _forget(run)
     begin(prepared, model, run)
     Session(prepared, model, run, console, signals).go()
 

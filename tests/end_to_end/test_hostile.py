@@ -169,6 +169,16 @@ def test_restart_forgets_checkpoints_behind_a_link(run: Path, capsys: pytest.Cap
     assert list(Path("elsewhere").iterdir())
 
 
+def test_a_restart_with_a_bad_row_costs_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = Path("train.jsonl").read_text()
+    Path("train.jsonl").write_text(good + "{}\n")
+    assert "train.jsonl:" in fails(capsys, 4, "train", "recipe.yaml", "--restart")
+    assert entry(["eval", str(run)]) == 0
+    Path("train.jsonl").write_text(good)
+    assert entry(["train", "recipe.yaml"]) == 0
+    assert "already complete" in capsys.readouterr().err
+
+
 def test_changed_rows_are_said_in_eval(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("validation.jsonl")
     path.write_text(path.read_text() + Path("train.jsonl").read_text())
