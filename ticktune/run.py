@@ -87,11 +87,11 @@ def train(loaded: LoadedRecipe, console: Console, *, restart: bool = False) -> N
         remove_leftovers(run.checkpoints)
         if not restart:
             _refuse_changed_recipe(run, loaded)
-        if not restart and run.record().get("status") == "complete":
-            read_facts(run.adapter)
-            console.note(f"{run.path}: already complete, nothing to do")
-            _say_result(run, console)
-            return
+            if run.record().get("status") == "complete":
+                read_facts(run.adapter)
+                console.note(f"{run.path}: already complete, nothing to do")
+                _say_result(run, console)
+                return
         _train(loaded, run, console, signals, restart)
         _say_result(run, console)
 

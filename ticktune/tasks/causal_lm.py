@@ -15,8 +15,33 @@ from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Ta
 _MAX_RENDERED = 10_000_000  # characters; a template that makes more is broken or hostile
 
 
+class NextToken(Task):
+    """What tasks share whose model says what comes next at each position."""
+
+    def weight(self, batch: Batch) -> float:
+        """The number of tokens that are predicted and learned."""
+        return float((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Token ids and mask, (batch, seq) int64."""
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """Runs the model without labels; ``logits`` is (batch, seq, vocabulary)."""
+        return model(**self.inputs(batch), use_cache=False)
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """The positions that are no padding, (batch, seq)."""
+        mask: Tensor = batch["attention_mask"]
+        return mask.bool()
+
+    def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The most probable next token at each position, (batch, seq)."""
+        return best_of(logits)
+
+
 @dataclass(frozen=True)
-class CausalLm(Task):
+class CausalLm(NextToken):
     """The task, configured.
 
     Args:
@@ -122,18 +147,6 @@ class CausalLm(Task):
             batch["answers"] = [e["answer"] for e in examples]
         return batch
 
-    def weight(self, batch: Batch) -> float:
-        """The number of tokens that are predicted and learned."""
-        return float((batch["labels"][:, 1:] != IGNORED).sum())
-
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Token ids and mask, (batch, seq) int64."""
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """Runs the model without labels; ``logits`` is (batch, seq, vocabulary)."""
-        return model(**self.inputs(batch), use_cache=False)
-
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross entropy of the next token, summed over the learned tokens."""
         return self._loss(outputs.logits, batch, self.options.label_smoothing)
@@ -146,15 +159,6 @@ class CausalLm(Task):
             label_smoothing=smoothing,
             reduction="sum",
         )
-
-    def counted(self, batch: Batch) -> Tensor | None:
-        """The positions that are no padding, (batch, seq)."""
-        mask: Tensor = batch["attention_mask"]
-        return mask.bool()
-
-    def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The most probable next token at each position, (batch, seq)."""
-        return best_of(logits)
 
     def metrics(self) -> Any:
         """Metrics of torchmetrics over the learned tokens, and over the answers where they are looked for."""

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.errors import DataError
-from ticktune.tasks.causal_lm import check_positions, padded
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
+from ticktune.tasks.causal_lm import NextToken, check_positions, padded
+from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, TaskOptions
 
 TOP = 10
 """Items that are predicted, and places that count for hit10 and ndcg10."""
@@ -26,7 +26,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class NextItem(Task):
+class NextItem(NextToken):
     """The task, configured.
 
     Args:
@@ -128,20 +128,11 @@ class NextItem(Task):
             batch["unknown"] = [e["unknown"] for e in examples]
         return batch
 
-    def weight(self, batch: Batch) -> float:
-        """The number of items to predict, unknown ones too, so that it is never 0."""
-        return float((batch["labels"][:, 1:] != IGNORED).sum())
-
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Token ids and mask, (batch, seq) int64."""
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """Runs the model without labels; ``logits`` is (batch, seq, vocabulary)."""
-        return model(**self.inputs(batch), use_cache=False)
-
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
-        """Cross entropy of the next item, summed over the known items to predict."""
+        """Cross entropy of the next item, summed over the known items to predict.
+
+        The weight counts the unknown ones too, so that it is never 0.
+        """
         target = self._target(batch).flatten()
         return F.cross_entropy(
             outputs.logits[:, :-1].float().flatten(0, 1),
@@ -150,15 +141,6 @@ class NextItem(Task):
             label_smoothing=self.options.label_smoothing,
             reduction="sum",
         )
-
-    def counted(self, batch: Batch) -> Tensor | None:
-        """The positions that are no padding, (batch, seq)."""
-        mask: Tensor = batch["attention_mask"]
-        return mask.bool()
-
-    def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The most probable next token at each position, (batch, seq)."""
-        return best_of(logits)
 
     def metrics(self) -> Any:
         """Means over the items to predict.
