@@ -7,7 +7,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 import tests.models as models
+from tests.launch import launch
 
 # The models are tiny: on a busy machine more threads mostly wait for each other, and tests take twice
 # as long.
@@ -57,20 +57,5 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def ticktune() -> Run:
-    """Runs the real command line in a process of its own: ``ticktune("train", recipe, cwd=…)``."""
-
-    def run(
-        *words: object, cwd: Path, env: dict[str, str] | None = None, **options: object
-    ) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "ticktune", *map(str, words)],
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-            **options,  # type: ignore[call-overload]
-        )
-
-    return run
+    """Runs the command line in a process of its own: ``ticktune("train", recipe, cwd=…)``."""
+    return launch

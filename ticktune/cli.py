@@ -66,6 +66,12 @@ class Express(StrEnum):
     llama = "llama"
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        Console().text(f"ticktune {__version__}")
+        raise typer.Exit
+
+
 def _device(value: str | None) -> str | None:
     if value is not None and not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", value):
         raise UsageError(f"expected auto, cpu, cuda or cuda:N, found {value}", where="--device")
@@ -97,13 +103,12 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results as one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
+    ] = False,
 ) -> None:
     """Global flags; they stand before the command."""
     context.obj = {"console": Console(quiet=quiet, as_json=as_json), "debug": debug}
-    if version:
-        context.obj["console"].text(f"ticktune {__version__}")
-        raise typer.Exit
 
 
 @app.command()

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import Run
 from tests.end_to_end.support import classification, write_rows
+from tests.launch import Launched
 from ticktune.cli import entry
 
 
@@ -57,20 +58,15 @@ def test_a_stop_in_an_evaluation_loses_no_evaluation(tmp_path: Path, tiny_bert: 
     whole = ticktune("train", recipe, "output=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     for step in (12, 24):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ticktune", "train", str(recipe), f"output=stopped{step}"],
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        log = tmp_path / f"stopped{step}/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while f'"step": {step},' not in (log.read_text() if log.exists() else ""):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        with Launched(["train", str(recipe), f"output=stopped{step}"], tmp_path) as process:
+            log = tmp_path / f"stopped{step}/metrics.jsonl"
+            deadline = time.monotonic() + 120
+            while f'"step": {step},' not in (log.read_text() if log.exists() else ""):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
         done = ticktune("train", recipe, f"output=stopped{step}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         records = [json.loads((tmp_path / n / "run.json").read_text()) for n in ("whole", f"stopped{step}")]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ticktune as ticktune_package
 from tests.conftest import Run
 from tests.end_to_end.support import classification
 
@@ -36,6 +37,12 @@ def test_the_pipeline_runs_from_another_directory_with_piped_output(trained: Pat
     assert document["status"] == "complete"
     assert document["metrics"]["accuracy"] > document["base_metrics"]["accuracy"]
     assert "step" in (trained / "train.err").read_text()
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "ticktune", "--version"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ticktune {ticktune_package.__version__}\n", "")
 
 
 def test_eval_prints_split_rows_and_metrics(trained: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from tests.conftest import Run
 from tests.end_to_end.support import classification
+from tests.launch import Launched, launch
 from tests.quantized import codes, int8_copy
 from tests.training import same
 from ticktune.folder import find_target
@@ -41,13 +42,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
 
 def _train(folder: Path, base: Path, **options: Any) -> Path:
     recipe = classification(folder, base, base={"model": str(base), **options})
-    done = subprocess.run(
-        [sys.executable, "-m", "ticktune", "train", str(recipe)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = launch("train", recipe, cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "train.err").write_text(done.stderr)
     return folder
@@ -110,15 +105,13 @@ def test_a_killed_run_resumes_to_the_same_weights(
     trained: Path, tmp_path: Path, tiny_bert: Path, ticktune: Run
 ) -> None:
     recipe = classification(tmp_path, tiny_bert, base={"model": str(tiny_bert), **INT8})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ticktune", "train", str(recipe)], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
-    checkpoints = tmp_path / "runs/tiny/checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with Launched(["train", str(recipe)], tmp_path) as process:
+        checkpoints = tmp_path / "runs/tiny/checkpoints"
+        deadline = time.monotonic() + 120
+        while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     status = json.loads((tmp_path / "runs/tiny/run.json").read_text())["status"]
     done = ticktune("train", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -232,13 +225,15 @@ def test_bitsandbytes_on_a_cpu_is_refused_before_anything_is_read(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_missing_torchao_is_named_with_its_command(tmp_path: Path, tiny_bert: Path, ticktune: Run) -> None:
+def test_a_missing_torchao_is_named_with_its_command(tmp_path: Path, tiny_bert: Path) -> None:
     recipe = classification(tmp_path, tiny_bert, base={"model": str(tiny_bert), **INT8})
     (tmp_path / "hide").mkdir()
     hide = "import transformers.utils as u; u.is_torchao_available = lambda *a: False"
     (tmp_path / "hide/sitecustomize.py").write_text(hide)
     paths = os.pathsep.join([str(tmp_path / "hide"), os.environ.get("PYTHONPATH", "")])
-    done = ticktune("train", recipe, cwd=tmp_path, env={"PYTHONPATH": paths})
+    words = [sys.executable, "-m", "ticktune", "train", str(recipe)]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "pip install --upgrade torchao" in done.stderr
 

@@ -11,18 +11,9 @@ import pytest
 
 from tests.conftest import Run
 from tests.end_to_end.support import classification
+from tests.launch import Launched
 
 _FILES = ("adapter.safetensors",)
-
-
-def start(recipe: Path, cwd: Path, *words: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "ticktune", "train", str(recipe), *words],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def steps_logged(run: Path) -> int:
@@ -31,10 +22,10 @@ def steps_logged(run: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
-def wait_for_step(process: "subprocess.Popen[str]", run: Path, step: int) -> None:
+def wait_for_step(process: Launched, run: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while steps_logged(run) < step:
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.text(2)
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -54,9 +45,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("whole")
-    process = start(recipe, work)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    # A program of its own, where the others are forks of one that has its imports done: no difference.
+    words = [sys.executable, "-m", "ticktune", "train", str(recipe)]
+    done = subprocess.run(words, cwd=work, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return work / "runs/tiny"
 
 
@@ -73,13 +65,13 @@ def assert_same(run: Path, other: Path) -> None:
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_weights(
     number: signal.Signals, code: int, recipe: Path, uninterrupted: Path, tmp_path: Path, ticktune: Run
 ) -> None:
-    process = start(recipe, tmp_path)
-    wait_for_step(process, tmp_path / "runs/tiny", 20)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert "run the same command again" in err
-    assert "Traceback" not in err
+    with Launched(["train", str(recipe)], tmp_path) as process:
+        wait_for_step(process, tmp_path / "runs/tiny", 20)
+        process.send_signal(number)
+        stopped = process.completed(timeout=60)
+    assert stopped.returncode == code, stopped.stderr
+    assert "run the same command again" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     assert json.loads((tmp_path / "runs/tiny/run.json").read_text())["status"] == "interrupted"
     done = ticktune("train", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -91,10 +83,10 @@ def test_killed_several_times_and_resumed_gives_the_same_weights(
     recipe: Path, uninterrupted: Path, tmp_path: Path, ticktune: Run
 ) -> None:
     for step in (10, 60, 130):
-        process = start(recipe, tmp_path)
-        wait_for_step(process, tmp_path / "runs/tiny", step)
-        process.kill()
-        process.communicate()
+        with Launched(["train", str(recipe)], tmp_path) as process:
+            wait_for_step(process, tmp_path / "runs/tiny", step)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
     done = ticktune("train", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "runs/tiny", uninterrupted)

@@ -1,18 +1,15 @@
 """The command line as the real-data tests use it, and programs that know nothing of ticktune."""
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import Run
 from tests.real_data.bootstrap import interval
-from tests.real_data.cases import Case, Row
+from tests.real_data.cases import Case, Row, write_rows
 
 
 def trained(ticktune: Run, recipe: Path, words: list[str], folder: Path) -> dict[str, Any]:
@@ -27,9 +24,10 @@ def predicted(ticktune: Run, run: str, rows: Path | str, folder: Path) -> list[d
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def merged(ticktune: Run, run: str, folder: Path) -> Path:
-    """Merges a run and returns the merged folder, whose outputs were compared."""
-    found = document(ticktune("export", run, "--merge", cwd=folder))["verification"]
+def merged(ticktune: Run, case: Case, run: str, folder: Path) -> Path:
+    """Merges a run and returns the merged folder, whose outputs were compared on some of the rows."""
+    few = write_rows(folder / "few.jsonl", case.rows[:32])
+    found = document(ticktune("export", run, "--merge", "--data", few, cwd=folder))["verification"]
     assert found["is_conclusive"]
     assert found["changed"] == 0
     assert found["max_difference"] <= found["tolerance"]
@@ -65,8 +63,8 @@ def better_than_the_head(case: Case, ticktune: Run, folder: Path) -> list[Row]:
     ours, alone = case.ours(), case.alone()
     trained(ticktune, case.path, [*ours, "data.validation=null", "output=ours"], folder)
     answers = predicted(ticktune, "ours", rows, folder)
-    trained(forked, case.path, [*alone, "data.validation=null", "output=head"], folder)
-    assert_better(case, predicted(forked, "head", rows, folder), answers)
+    trained(ticktune, case.path, [*alone, "data.validation=null", "output=head"], folder)
+    assert_better(case, predicted(ticktune, "head", rows, folder), answers)
     return answers
 
 
@@ -77,28 +75,3 @@ def assert_better(case: Case, before: Sequence[Row], after: Sequence[Row]) -> No
     means = [sum(scores) / len(scores) for scores in (first, second)]
     sys.stderr.write(f"{case.recipe}: {means[0]:.3f} -> {means[1]:.3f}, {gain:+.3f} [{low:.3f}, {high:.3f}]\n")
     assert low > 0, (case.recipe, means, gain, low, high)
-
-
-def forked(*words: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """The command line in a copy of this process, whose imports are done: for what a run is only compared with."""
-    from ticktune.cli import entry
-
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                os.chdir(cwd)
-                sys.stdin, sys.stdout, sys.stderr = open(os.devnull), out, err
-                warnings.simplefilter("ignore")
-                code = entry([str(word) for word in words])
-                out.flush()
-                err.flush()
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read())
-    return subprocess.CompletedProcess([*map(str, words)], code, *texts)

@@ -44,7 +44,7 @@ def test_a_model_that_knows_both_languages_learns_to_translate(
     ours = predicted(ticktune, "run", case.file(tmp_path), tmp_path)
     before = stock(TRANSLATE, tmp_path / "base", lines=case.rows)
     assert_better(case, [{"text": text} for text in before], ours)
-    after = stock(TRANSLATE, merged(ticktune, "run", tmp_path), lines=case.rows)
+    after = stock(TRANSLATE, merged(ticktune, case, "run", tmp_path), lines=case.rows)
     assert after == [answer["text"] for answer in ours]
 
 
@@ -61,5 +61,5 @@ def test_a_story_teller_learns_to_answer_and_is_judged_by_its_answers(ticktune: 
     metrics = document(ticktune("eval", "run", "--precision", "fp32", cwd=tmp_path))["metrics"]
     right = case.scores(ours)
     assert metrics["exact_match"] == pytest.approx(sum(right) / len(right), abs=1e-6)
-    after = stock(CONTINUE, merged(ticktune, "run", tmp_path), lines=case.rows)
+    after = stock(CONTINUE, merged(ticktune, case, "run", tmp_path), lines=case.rows)
     assert after == [answer["text"] for answer in ours]

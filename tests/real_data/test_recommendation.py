@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import Run
 from tests.real_data import cases
 from tests.real_data.bootstrap import interval
 from tests.real_data.cases import read_rows
-from tests.real_data.commands import document, forked, merged, predicted, stock, trained
+from tests.real_data.commands import document, merged, predicted, stock, trained
 from ticktune.folder import find_target
 from ticktune.prepare import load_target
 from ticktune.tasks.next_item import NextItem
@@ -37,12 +38,12 @@ for row in map(json.loads, sys.stdin):
 
 
 def test_the_next_film_is_told_better_than_by_the_base_and_by_what_most_people_take(
-    data_folder: Path, tmp_path: Path
+    data_folder: Path, ticktune: Run, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     case = cases.next_item(data_folder, tmp_path)
-    trained(forked, case.path, [*case.ours(), "data.validation=null", "output=run"], tmp_path)
+    trained(ticktune, case.path, [*case.ours(), "data.validation=null", "output=run"], tmp_path)
     used = load_target(find_target(str(tmp_path / "run")), precision="fp32")
     task = used.task
     assert isinstance(task, NextItem)
@@ -61,17 +62,17 @@ def test_the_next_film_is_told_better_than_by_the_base_and_by_what_most_people_t
         sys.stderr.write(f"{name}: {mean(theirs):.4f} -> {mean(ours):.4f}, {gain:+.4f} [{low:.4f}, {high:.4f}]\n")
         assert low > 0, (name, mean(theirs), mean(ours), gain, low, high)
 
-    evaluated = forked("eval", "run", "--precision", "fp32", cwd=tmp_path)
+    evaluated = ticktune("eval", "run", "--precision", "fp32", cwd=tmp_path)
     metrics = document(evaluated)["metrics"]
     films = [film for row in test for film in row["items"]]
     unknown = sum(film not in task.tokenizer.get_vocab() for film in films)
     assert f"{unknown} of {len(films)} items" in evaluated.stderr
     assert metrics["unknown"] == pytest.approx(unknown / len(films), rel=1e-5)
     assert metrics["ndcg10"] == pytest.approx(mean(gain for gains in after for gain in gains), rel=1e-4)
-    answers = predicted(forked, "run", case.file(tmp_path), tmp_path)
+    answers = predicted(ticktune, "run", case.file(tmp_path), tmp_path)
     # The command scores the same last film as the row's windows did.
     assert case.scores(answers) == pytest.approx([gains[-1] for gains in after], abs=1e-4)
-    found = stock(NEXT, merged(forked, "run", tmp_path), lines=case.rows)
+    found = stock(NEXT, merged(ticktune, case, "run", tmp_path), lines=case.rows)
     for one, other in zip(found, answers, strict=True):
         assert [item["item"] for item in one["items"]] == [item["item"] for item in other["items"]]
         shares = [[item["probability"] for item in answer["items"]] for answer in (one, other)]

@@ -23,7 +23,7 @@ def test_spoken_digits_are_told_better_than_by_the_head_alone(data_folder: Path,
     case = cases.spoken(data_folder, tmp_path)
     ours = better_than_the_head(case, ticktune, tmp_path)
     files = [row["audio"] for row in case.rows]
-    theirs = stock(PIPELINE, merged(ticktune, "ours", tmp_path), "audio-classification", lines=files)
+    theirs = stock(PIPELINE, merged(ticktune, case, "ours", tmp_path), "audio-classification", lines=files)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["probability"] == pytest.approx(other[0]["score"], abs=1e-3)
         assert mine["label"] == other[0]["label"]
@@ -34,7 +34,7 @@ def test_spoken_digits_are_written_better_than_by_the_head_alone(
 ) -> None:
     case = cases.transcripts(data_folder, tmp_path)
     ours = [answer["text"] for answer in better_than_the_head(case, ticktune, tmp_path)]
-    folder = merged(ticktune, "ours", tmp_path)
+    folder = merged(ticktune, case, "ours", tmp_path)
     theirs = stock(PIPELINE, folder, "automatic-speech-recognition", lines=[row["audio"] for row in case.rows])
     assert [answer["text"] for answer in theirs] == ours
     # The merged folder brings its vocabulary along, and counts the errors that its transcripts have.

@@ -45,7 +45,7 @@ for line in sys.stdin:
 def test_digits_are_told_better_than_by_the_head_alone(data_folder: Path, ticktune: Run, tmp_path: Path) -> None:
     case = cases.digits(data_folder, tmp_path)
     ours = better_than_the_head(case, ticktune, tmp_path)
-    found = stock(LABELS, merged(ticktune, "ours", tmp_path), lines=[row["image"] for row in case.rows])
+    found = stock(LABELS, merged(ticktune, case, "ours", tmp_path), lines=[row["image"] for row in case.rows])
     assert [one["label"] for one in found] == [one["label"] for one in ours]
     assert [one["score"] for one in found] == pytest.approx([one["probability"] for one in ours], abs=1e-4)
 
@@ -54,7 +54,7 @@ def test_scenes_are_told_better_than_by_the_head_alone(data_folder: Path, ticktu
     case = cases.scenes(data_folder, tmp_path)
     ours = better_than_the_head(case, ticktune, tmp_path)
     some = [row["image"] for row in case.rows[:20]]
-    masks = stock(MASKS, merged(ticktune, "ours", tmp_path), lines=some)
+    masks = stock(MASKS, merged(ticktune, case, "ours", tmp_path), lines=some)
     for path, one, found in zip(some, ours, masks, strict=False):
         assert (classes_of_runs(one).ravel() != np.array(found)).mean() < 1e-3, path
 
@@ -66,7 +66,7 @@ def test_digits_in_scenes_are_found(data_folder: Path, ticktune: Run, tmp_path: 
     assert metrics["map50"] >= 0.3
 
     some = [row["image"] for row in case.rows[:40]]
-    for answer, found in zip(ours, stock(BOXES, merged(ticktune, "ours", tmp_path), lines=some), strict=False):
+    for answer, found in zip(ours, stock(BOXES, merged(ticktune, case, "ours", tmp_path), lines=some), strict=False):
         found.sort(key=lambda one: -one["score"])
         assert [one["label"] for one in found] == [one["label"] for one in answer["objects"]]
         for one, thing in zip(found, answer["objects"], strict=True):
