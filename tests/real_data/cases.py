@@ -100,7 +100,7 @@ def reviews(data: Path, folder: Path) -> Case:
     parts = {name: pretrain.reviews(data, name, hotels=False)[:count] for name, count in counts.items()}
     words = [f"base.model={base}", "data.max_length=48", "training={epochs: 3, batch_size: 16, precision: fp32}"]
     words += [f"data.{name}={write_rows(folder / f'{name}.jsonl', part)}" for name, part in parts.items()]
-    rates = {"lr": 1e-3, "norm_lr": 3e-3, "head_lr": 3e-3}
+    rates = {"lr": 7e-4, "norm_lr": 2e-3, "head_lr": 2e-3}
     return Case("reviews", words, rates, 1e-2, parts["test"], right)
 
 
@@ -261,10 +261,10 @@ def clicks(data: Path, folder: Path) -> Case:
     changes = [f"data.train={write_rows(folder / 'few.jsonl', train)}"]
     rows = random.Random(0).sample(read_rows(folder / "test.jsonl"), 320)
     changes += [f"data.validation={folder}/validation.jsonl", f"data.test={write_rows(folder / 'asked.jsonl', rows)}"]
-    changes += ["data.max_length=64", "training={epochs: 1, batch_size: 16}"]
-    rates = {"lr": 1e-3, "norm_lr": 3e-3, "head_lr": 3e-3}
+    changes += ["data.max_length=64", "training={epochs: 1, batch_size: 8}"]
+    rates = {"lr": 4e-4, "norm_lr": 1e-3, "head_lr": 8e-3}
     return Case(
-        "clicks", changes, rates, 2.5e-3, rows,
+        "clicks", changes, rates, 8e-3, rows,
         lambda answer, row: math.log(answer["probabilities"][str(row["liked"])]),
     )  # fmt: skip
 
@@ -300,7 +300,7 @@ def genres(data: Path, folder: Path) -> Case:
         found = answer["probabilities"].items()
         return sum(math.log(p if name in true else 1 - p) for name, p in found) / len(found)
 
-    return Case("genres", words, {"lr": 5e-4, "norm_lr": 2e-3, "head_lr": 1e-2}, 1e-2, rows, log_probability)
+    return Case("genres", words, {"lr": 1e-4, "norm_lr": 5e-4, "head_lr": 4e-2}, 4e-2, rows, log_probability)
 
 
 def pairs(data: Path, folder: Path) -> Case:
