@@ -145,7 +145,7 @@ def case(*names: str) -> Callable[[Any], Any]:
     return pytest.mark.case(*names)
 
 
-def tests_of_cases() -> dict[str, list[tuple[str, str]]]:
+def shown_by() -> dict[str, list[tuple[str, str]]]:
     """File and name of each case's tests, read off the decorators."""
     found: dict[str, list[tuple[str, str]]] = {name: [] for name in CASES}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
@@ -161,7 +161,7 @@ def tests_of_cases() -> dict[str, list[tuple[str, str]]]:
 
 def page() -> str:
     """The page on reliability, after its introduction."""
-    found = tests_of_cases()
+    found = shown_by()
     lines = ["| case | what happens | tests |", "|---|---|---|"]
     for name, promise in CASES.items():
         tests = "<br>".join(

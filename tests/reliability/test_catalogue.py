@@ -1,10 +1,10 @@
 """Every case has a test or a reason, and the page says what the tests are."""
 
-from tests.reliability.catalogue import ABSENT, CASES, PAGE, page, tests_of_cases
+from tests.reliability.catalogue import ABSENT, CASES, PAGE, page, shown_by
 
 
 def test_every_case_has_a_test_or_a_reason() -> None:
-    tested = {name for name, tests in tests_of_cases().items() if tests}
+    tested = {name for name, tests in shown_by().items() if tests}
     assert tested | ABSENT.keys() == CASES.keys()
 
 
