@@ -162,6 +162,10 @@ def accepted(folder: Path, text: str) -> Recipe:
             Problem("expected problem: multi or auto beside it, found single", "r.yaml:3:18 data.separator"),
         ),
         (
+            HEAD + "data: {train: {path: a.jsonl, sample_by: line}}\n",
+            Problem("only a txt file is cut into rows", "r.yaml:3:31 data.train.sample_by", "remove it"),
+        ),
+        (
             HEAD + "data: {train: a}\nevaluation: {patience: 2}\n",
             Problem("early stopping needs data.validation", "r.yaml:4:14 evaluation.patience"),
         ),

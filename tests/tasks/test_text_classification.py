@@ -578,9 +578,11 @@ def test_weights_count_the_rows_with_a_label_however_it_is_written(labels: list[
         ([0.5, 1.5], {"label_smoothing": 0.1}, "loss.label_smoothing: only one label of several classes can be"),
         ([["a"], ["b"]], {"label_smoothing": 0.1}, "loss.label_smoothing: only one label of several classes can be"),
         ([0.5, 1.5], {"class_weights": "balanced"}, "loss.weights: numbers are no classes to weigh"),
+        (["a", "b"], {"threshold": 0.4}, "evaluation.threshold: only where a row has several labels"),
+        ([0.5, 1.5], {"threshold": 0.4}, "evaluation.threshold: only where a row has several labels"),
     ],
 )
-def test_losses_that_mean_nothing_for_these_labels_are_refused(
+def test_keys_that_mean_nothing_for_these_labels_are_refused(
     labels: list[Any], options: dict[str, Any], message: str
 ) -> None:
     rows: list[Row] = [{"text": "w1", "label": label} for label in labels]

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ticktune.errors import Problem
@@ -75,6 +76,8 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
             for key, value in (("limit", source.limit), ("sample_by", source.sample_by)):
                 if value != type(source).model_fields[key].default:
                     wrong(f"data.{name}.{key}", "a share of the training rows makes no use of it", "remove it")
+        elif source.sample_by != "auto" and Path(source.path or "").suffix.lower() != ".txt":
+            wrong(f"data.{name}.sample_by", "only a txt file is cut into rows", "remove it")
         if source.hub is None and (source.config or source.split or source.revision):
             wrong(f"data.{name}", "config, split and revision are only for hub data sets")
     same = _same_source(data.train, data.validation), _same_source(data.train, data.test)

@@ -296,6 +296,12 @@ def build(
             where="loss.label_smoothing",
             fix="remove it",
         )
+    if problem != "multi" and options.threshold != TaskOptions.threshold:
+        raise RecipeError(
+            "only where a row has several labels is one said from a probability on, and here a row has one",
+            where="evaluation.threshold",
+            fix="remove it",
+        )
     if problem == "regression":
         if options.class_weights != "none":
             raise RecipeError("numbers are no classes to weigh", where="loss.weights", fix="remove it")
