@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ticktune.tasks.classes import (
-    balanced_weights,
     check_known,
     class_answers,
     class_loss,
@@ -16,7 +15,7 @@ from ticktune.tasks.classes import (
     describe_class,
     label_config,
     label_name,
-    read_labels,
+    read_classes,
     update_classes,
 )
 from ticktune.tasks.sounds import (
@@ -146,10 +145,7 @@ def build(
     Raises:
         DataError: A label is missing, or there is a single class.
     """
-    names = [row["label"] for row in rows]
-    labels = read_labels(names, base_config, where)
-    balanced = options.class_weights == "balanced"
-    weights = tuple(balanced_weights([label_name(n) for n in names], labels)) if balanced else None
+    labels, weights = read_classes(rows, options.class_weights, base_config, where)
     shortest = shortest_of(convolutions_of(base_config), extractor.sampling_rate)
     return AudioClassification(options, labels, weights, shortest, unmasked(base_config), extractor)
 

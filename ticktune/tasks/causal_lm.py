@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.errors import DataError, RecipeError
 from ticktune.tasks.answers import find_answer, is_same
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
+from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, token_loss
 
 _MAX_RENDERED = 10_000_000  # characters; a template that makes more is broken or hostile
 
@@ -152,13 +151,7 @@ class CausalLm(NextToken):
         return self._loss(outputs.logits, batch, self.options.label_smoothing)
 
     def _loss(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-        return F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1),
-            batch["labels"][:, 1:].flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=smoothing,
-            reduction="sum",
-        )
+        return token_loss(logits[:, :-1], batch["labels"][:, 1:], smoothing)
 
     def metrics(self) -> Any:
         """Metrics of torchmetrics over the learned tokens, and over the answers where they are looked for."""

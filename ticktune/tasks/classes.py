@@ -71,6 +71,17 @@ def read_labels(labels: Sequence[Any], base_config: Any, where: Callable[[int], 
     return ordered_labels(names, base_config)
 
 
+def read_classes(
+    rows: Sequence[Any], class_weights: str, base_config: Any, where: Callable[[int], str]
+) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """The classes of training rows, as :func:`read_labels`, and the weights that ``loss.weights`` asks for."""
+    labels = [row["label"] for row in rows]
+    names = read_labels(labels, base_config, where)
+    if class_weights != "balanced":
+        return names, None
+    return names, tuple(balanced_weights([label_name(label) for label in labels], names))
+
+
 def check_known(found: Sequence[str], labels: Sequence[str], where: Callable[[int], str]) -> None:
     """Refuses labels that do not occur in the training rows.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ticktune.errors import DataError
 from ticktune.tasks.causal_lm import NextToken, check_positions, padded
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, TaskOptions
+from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, TaskOptions, token_loss
 
 TOP = 10
 """Items that are predicted, and places that count for hit10 and ndcg10."""
@@ -133,14 +133,8 @@ class NextItem(NextToken):
 
         The weight counts the unknown ones too, so that it is never 0.
         """
-        target = self._target(batch).flatten()
-        return F.cross_entropy(
-            outputs.logits[:, :-1].float().flatten(0, 1),
-            target,
-            ignore_index=IGNORED,
-            label_smoothing=self.options.label_smoothing,
-            reduction="sum",
-        )
+        target = self._target(batch)
+        return token_loss(outputs.logits[:, :-1], target, self.options.label_smoothing)
 
     def metrics(self) -> Any:
         """Means over the items to predict.

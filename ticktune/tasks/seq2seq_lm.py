@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.errors import BaseModelError, DataError
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
+from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, token_loss
 
 _WRITTEN = ("bleu", "chrf", "rouge_l")
 
@@ -135,13 +134,7 @@ class Seq2SeqLm(Task):
         return self._loss(outputs.logits, batch, self.options.label_smoothing)
 
     def _loss(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-        return F.cross_entropy(
-            logits.float().flatten(0, 1),
-            batch["labels"].flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=smoothing,
-            reduction="sum",
-        )
+        return token_loss(logits, batch["labels"], smoothing)
 
     def counted(self, batch: Batch) -> Tensor | None:
         """The positions of the target that are no padding, (batch, target)."""

@@ -26,7 +26,7 @@ from ticktune.tasks.sounds import (
     sound_inputs,
     unmasked,
 )
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
+from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, token_loss
 
 _PAD, _UNKNOWN, _SPACE = "<pad>", "<unk>", "|"
 _MULTILINGUAL = 51865  # tokens from which on a Whisper knows several languages
@@ -372,13 +372,7 @@ class GeneratedRecognition(_Speech):
         return self._loss(outputs.logits, batch, self.options.label_smoothing)
 
     def _loss(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-        return F.cross_entropy(
-            logits.float().flatten(0, 1),
-            batch["labels"].flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=smoothing,
-            reduction="sum",
-        )
+        return token_loss(logits, batch["labels"], smoothing)
 
     def update(self, metrics: Any, logits: Tensor, batch: Batch) -> None:
         """Adds a batch's loss."""

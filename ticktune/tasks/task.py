@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.errors import UsageError
@@ -258,6 +259,23 @@ def best_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The class with the largest logit along the last dimension, and its distance from the second."""
     best = logits.topk(2, dim=-1)
     return best.indices[..., 0], best.values[..., 0] - best.values[..., 1]
+
+
+def token_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross entropy in float32, summed over the tokens that are not IGNORED.
+
+    Args:
+        logits: (batch, seq, vocabulary).
+        labels: (batch, seq) int64.
+        smoothing: Share of the target that all tokens get.
+    """
+    return F.cross_entropy(
+        logits.float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
 
 
 def build_task(
