@@ -2,13 +2,22 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ticktune.base import BaseFiles, fingerprint, fingerprint_in_memory, stored_quantization
 from ticktune.errors import BaseModelError, CheckpointError, PatchError
-from ticktune.files import new_directory, read_json, sha256_json, verify_directory, write_json, write_text
+from ticktune.files import (
+    as_record,
+    load_weights,
+    new_directory,
+    read_json,
+    sha256_json,
+    verify_directory,
+    write_json,
+    write_text,
+)
 from ticktune.patch.attach import (
     Plan,
     adapter_state,
@@ -21,7 +30,9 @@ from ticktune.patch.attach import (
 )
 from ticktune.patch.fields import shapes_of
 from ticktune.quantize import is_quantized
+from ticktune.registry import TASKS
 from ticktune.report.card import adapter_card
+from ticktune.tasks.task import TaskOptions
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
@@ -48,6 +59,38 @@ class AdapterFacts:
     model_class: str | None = None
     task: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _BaseFacts:
+    name: str
+    fingerprint: str
+    commit: str | None = None
+    quantize: Literal["none", "int8", "bnb-8bit", "bnb-4bit"] | None = None
+    stored_quantization: str | None = None
+    shapes: str | None = None
+
+
+@dataclass(frozen=True)
+class _TaskFacts:
+    name: str
+    state: dict[str, Any]
+    options: dict[str, Any]
+    columns: dict[str, str]
+    tokenizer: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Split:
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _TrainingFacts:
+    data: dict[str, _Split] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def describe_adapter(
@@ -103,24 +146,42 @@ def read_facts(directory: Path) -> AdapterFacts:
         raise CheckpointError(f"there is no {FACTS} here: not an adapter", where=str(directory))
     verify_directory(directory)
     entries = read_json(directory / FACTS)
-    if entries.get("format") != FORMAT:
+    if isinstance(entries, dict) and entries.get("format") != FORMAT:
         raise CheckpointError(
             f"the adapter has the format {entries.get('format')}, this version reads {FORMAT}",
             where=str(directory),
         )
-    return AdapterFacts(**entries)
+    return parse_facts(entries, str(directory / FACTS))
+
+
+def parse_facts(entries: Any, where: str) -> AdapterFacts:
+    """Checks what an adapter says of itself: a manifest proves that its files are whole, not who wrote them.
+
+    Raises:
+        CheckpointError: An entry is missing, unknown, or of another type.
+    """
+    try:
+        facts = as_record(AdapterFacts, entries)
+        as_record(Plan, facts.plan)
+        as_record(_BaseFacts, facts.base)
+        as_record(_TrainingFacts, {k: v for k, v in facts.training.items() if k in ("data", "metrics", "versions")})
+        if facts.task is not None:
+            task = as_record(_TaskFacts, facts.task)
+            as_record(TaskOptions, task.options)
+            if task.name not in TASKS:
+                raise ValueError(f"the task {task.name!r} is unknown")
+    except ValueError as error:
+        raise CheckpointError(f"what the adapter says of itself is damaged: {error}", where=where) from error
+    return facts
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Reads an adapter's tensors, float32."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """Reads an adapter's tensors, float32.
 
-    try:
-        tensors: dict[str, Tensor] = load_file(directory / TENSORS)
-    except SafetensorError as error:
-        raise CheckpointError(f"the file is damaged: {error}", where=str(directory / TENSORS)) from error
-    return tensors
+    Raises:
+        CheckpointError: The file is missing or damaged, or names a tensor twice.
+    """
+    return load_weights(directory / TENSORS)
 
 
 def attach_adapter(model: nn.Module, directory: Path, facts: AdapterFacts) -> None:

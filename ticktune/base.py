@@ -16,7 +16,7 @@ from torch import nn
 from ticktune.device import DTYPES
 from ticktune.diagnosis import class_of, config_problem, model_problem
 from ticktune.errors import BaseModelError, Problem, first_line
-from ticktune.files import input_path, sha256_json
+from ticktune.files import input_path, sha256_json, weights_header
 from ticktune.quantize import check_package, is_coded, plain_parts
 from ticktune.versions import require
 
@@ -104,9 +104,9 @@ def _locate(model: str, revision: str | None, relative_to: Path, files: tuple[st
     if model.startswith("package:"):
         return BaseFiles(model, _package_directory(model.removeprefix("package:")))
     path = input_path(model, relative_to)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, it takes any text
         return BaseFiles(model, path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise BaseModelError(
             "it is a file, expected the directory that holds the model",
             where=f"base.model {model}",
@@ -479,8 +479,11 @@ def weight_files(base: BaseFiles) -> list[Path]:
 
 def _indexed_names(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("it names no files")
+        return sorted(names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BaseModelError(
             "the index of the weights is damaged",
             where=str(index),
@@ -495,23 +498,9 @@ def read_header(file: Path) -> dict[str, Any]:
         BaseModelError: It is cut or damaged, or names a tensor twice.
     """
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(100_000_000, file.stat().st_size):
-                raise ValueError("the header is longer than the file")
-            header: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=_unique)
-        end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
-        if 8 + length + end != file.stat().st_size:
-            raise ValueError("the file is not as long as its header says")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return weights_header(file)
+    except (OSError, ValueError) as error:
         raise BaseModelError(f"the weights are damaged: {first_line(error)}", where=str(file)) from error
-    return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise ValueError("a name stands twice in the header")
-    return dict(pairs)
 
 
 def _sha256_range(stream: Any, start: int, length: int) -> str:
@@ -585,7 +574,7 @@ def _check_files(name: str, directory: Path) -> None:
     if index.exists():
         names = _indexed_names(index)
         outside = [n for n in names if Path(n).name != n]
-        missing = [n for n in names if n not in outside and not (directory / n).is_file()]
+        missing = [n for n in names if n not in outside and not os.path.isfile(directory / n)]
         if outside or missing:
             raise BaseModelError(
                 [Problem(f"the index names {n}, which is not in the folder", where) for n in (*outside, *missing)]

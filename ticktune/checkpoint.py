@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ticktune.console import Console
 from ticktune.errors import CheckpointError, PatchError
-from ticktune.files import new_directory, read_json, verify_directory, write_json
+from ticktune.files import load_weights, new_directory, read_json, verify_directory, write_json
 from ticktune.patch.attach import adapter_parameters, adapter_state, load_adapter_state
 
 FORMAT = 1
@@ -136,8 +136,6 @@ def restore_checkpoint(
     Raises:
         CheckpointError: It is from a newer version, or does not fit the model.
     """
-    from safetensors.torch import load_file
-
     state = read_json(path / "state.json")
     if state.get("format") != FORMAT:
         raise CheckpointError(
@@ -145,10 +143,10 @@ def restore_checkpoint(
             where=str(path),
         )
     try:
-        load_adapter_state(model, load_file(path / "adapter.safetensors"))
+        load_adapter_state(model, load_weights(path / "adapter.safetensors"))
     except PatchError as error:
         raise CheckpointError(f"the checkpoint does not fit this model: {error}", where=str(path)) from error
-    _restore_optimizer(path, model, optimizer, load_file(path / "optimizer.safetensors"))
+    _restore_optimizer(path, model, optimizer, load_weights(path / "optimizer.safetensors"))
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     if state["threads"] != torch.get_num_threads():
@@ -157,7 +155,7 @@ def restore_checkpoint(
             "the result will not be bitwise the same"
         )
     best = path / "best.safetensors"
-    return Progress(**state["progress"]), load_file(best) if best.exists() else None
+    return Progress(**state["progress"]), load_weights(best) if best.exists() else None
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -11,13 +12,23 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ticktune.errors import CheckpointError, OutputError, RecipeError, ResourceError
+from ticktune.errors import CheckpointError, OutputError, RecipeError, ResourceError, first_line
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_MAX_HEADER = 100_000_000  # bytes, as safetensors has it
+# Bytes of one value of a safetensors dtype; of any other the library judges.
+_DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+_Record = TypeVar("_Record")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (
     errno.EACCES,
@@ -86,7 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, value: Any) -> None:
     """Appends one JSON object as a line."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8", opener=_no_link) as file:
         file.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -104,6 +115,105 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the file is damaged: {error}", where=str(path)) from error
+
+
+def as_record(kind: type[_Record], entries: Any) -> _Record:
+    """Makes a dataclass of what a JSON file held.
+
+    Args:
+        kind: The dataclass; its annotations say what each field may be.
+        entries: Field -> value.
+
+    Raises:
+        ValueError: It is no object, has a field that the dataclass lacks, lacks one, or one is of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(entries, dict):
+        raise ValueError(f"expected names and values, found {type(entries).__name__}")
+    unknown = entries.keys() - {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(f"the entry {min(unknown)!r} is unknown")
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(entries), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"the entry {'.'.join(map(str, first['loc']))!r}: {first['msg']}") from error
+
+
+def weights_header(path: Path) -> dict[str, Any]:
+    """Returns the header of a safetensors file: name -> dtype, shape and data_offsets.
+
+    The library takes the last of two tensors with one name, and says little of what is wrong; so this looks first.
+
+    Raises:
+        ValueError: The file is cut, too long or damaged, a name stands twice, or tensors overlap or leave a hole.
+        OSError: It cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise ValueError("the header is longer than the file")
+        try:
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+        except RecursionError:
+            raise ValueError("the header is nested too deep") from None
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("the metadata are not text")
+    spans = sorted(_span(name, entry) for name, entry in header.items() if name != "__metadata__")
+    position = 0
+    for begin, end, name in spans:
+        if begin != position:
+            raise ValueError(f"the tensor {name[:100]!r} does not begin where the one before it ends")
+        position = end
+    if 8 + length + position != size:
+        raise ValueError("the file is not as long as its header says")
+    return header
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """Reads a safetensors file of ours.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or names a tensor twice.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights_header(path)
+        tensors: dict[str, Any] = load_file(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"the file is damaged: {first_line(error)}", where=str(path)) from error
+    return tensors
+
+
+def _span(name: str, entry: Any) -> tuple[int, int, str]:
+    """Where a tensor's bytes begin and end."""
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"the entry of the tensor {name[:100]!r} is damaged")
+    begin, end = offsets
+    width = _DTYPE_BYTES.get(dtype)
+    if begin > end or (width is not None and math.prod(shape) * width != end - begin):
+        raise ValueError(f"the tensor {name[:100]!r} has not as many bytes as its shape")
+    return begin, end, name
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return found
 
 
 @contextmanager
@@ -179,6 +289,8 @@ def verify_directory(directory: Path) -> None:
         raise CheckpointError("the manifest is damaged", where=str(directory / MANIFEST))
     for name, facts in recorded.items():
         path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError("the manifest names a file outside of its folder", where=str(path))
         if not path.is_file():
             raise CheckpointError("the file is missing", where=str(path))
         if path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
@@ -205,7 +317,7 @@ def lock(directory: Path) -> Iterator[None]:
 
     path = directory / ".lock"
     with writing(path):
-        file = path.open("a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8", opener=_no_link)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,6 +372,12 @@ def writing(path: Path) -> Iterator[None]:
                 where=str(path),
                 fix="free some space and run the same command again: it goes on from the last checkpoint",
             ) from error
+        if number == errno.ELOOP:
+            raise ResourceError(
+                "it is a link, which is not followed for writing",
+                where=str(path),
+                fix="remove the link, or choose another output",
+            ) from error
         if number in _UNWRITABLE:
             raise ResourceError(f"cannot write here: {os.strerror(number)}", where=str(path)) from error
         raise
@@ -287,6 +405,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def _no_link(path: str, flags: int) -> int:
+    # What a link in a run's folder points to is somebody else's file.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def _is_ours(path: Path) -> bool:

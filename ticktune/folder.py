@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,14 +10,27 @@ from ticktune.adapter import FACTS as ADAPTER_FACTS
 from ticktune.console import Console
 from ticktune.errors import CheckpointError, OutputError, UsageError
 from ticktune.export.save import FACTS as MERGED_FACTS
-from ticktune.files import input_path, read_json, write_json, write_text
+from ticktune.files import as_record, input_path, read_json, write_json, write_text
 from ticktune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from ticktune.recipe.schema import Recipe, Source
 
 # Sections that do not change the result: they may differ when a run goes on.
 _FREE = ("output", "logging", "checkpoints", "version")
-# What the record of a complete run must say.
-_COMPLETE = {"finished_at", "steps", "chosen_step", "metric", "metrics", "base_metrics", "training_seconds"}
+
+
+@dataclass(frozen=True)
+class _Complete:
+    """What the record of a complete run must say."""
+
+    finished_at: str
+    steps: int
+    chosen_step: int
+    metric: str
+    metrics: dict[str, float | None]
+    base_metrics: dict[str, float | None]
+    training_seconds: float
+    trained_parameters: int
+    base_parameters: int
 
 
 @dataclass(frozen=True)
@@ -74,12 +87,19 @@ class RunFolder:
         if not self.record_path.exists():
             return {}
         record = read_json(self.record_path)
-        is_whole = isinstance(record, dict) and "status" in record
-        if not is_whole or (record["status"] == "complete" and not record.keys() >= _COMPLETE):
+        try:
+            if not isinstance(record, dict) or not isinstance(record.get("status"), str):
+                raise ValueError("it has no status")
+            if record["status"] == "complete":
+                names = {field.name for field in fields(_Complete)}
+                as_record(_Complete, {name: value for name, value in record.items() if name in names})
+        except ValueError as error:
             raise CheckpointError(
-                "the record of the run is damaged", where=str(self.record_path), fix="ticktune train --restart"
-            )
-        return dict(record)
+                f"the record of the run is damaged: {error}",
+                where=str(self.record_path),
+                fix="ticktune train --restart",
+            ) from error
+        return record
 
     def update(self, **entries: Any) -> None:
         """Changes entries of run.json."""
@@ -154,7 +174,10 @@ class Target:
 def is_target(argument: str) -> bool:
     """Whether a command-line word names a run, recipe or folder, rather than text."""
     path = Path(argument)
-    return (bool(argument) and path.is_dir()) or (path.suffix in (".yaml", ".yml") and path.is_file())
+    # os.path's functions, unlike those of Path, take any text, be it ever so long.
+    return (bool(argument) and os.path.isdir(argument)) or (
+        path.suffix in (".yaml", ".yml") and os.path.isfile(argument)
+    )
 
 
 def find_target(argument: str | None) -> Target:
@@ -170,10 +193,10 @@ def find_target(argument: str | None) -> Target:
     if argument is None:
         return _of_run(newest_run(Path("runs")))
     path = Path(argument)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    if path.suffix in (".yaml", ".yml") and os.path.isfile(argument):
         loaded = load_recipe(path)
         return _of_run(RunFolder(output_path(loaded)))
-    if not path.is_dir():
+    if not os.path.isdir(argument):
         raise UsageError("there is no such folder or recipe", where=argument)
     if (path / "run.json").is_file():
         return _of_run(RunFolder(path))

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
-from ticktune.adapter import AdapterFacts, attach_adapter, check_base, read_facts, shapes_fingerprint
+from ticktune.adapter import AdapterFacts, attach_adapter, check_base, parse_facts, read_facts, shapes_fingerprint
 from ticktune.base import (
     BaseFiles,
     check_vocabulary,
@@ -28,7 +29,7 @@ from ticktune.data.batches import split_rows
 from ticktune.data.encode import Encoded, encode_rows, processor_identity
 from ticktune.data.read import Rows, read_rows
 from ticktune.device import Compute, choose_compute
-from ticktune.errors import BaseModelError, DataError, Problem, RecipeError, UsageError
+from ticktune.errors import BaseModelError, CheckpointError, DataError, Problem, RecipeError, UsageError, first_line
 from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import read_json, verify_directory
 from ticktune.folder import Target
@@ -286,7 +287,9 @@ def facts_of(target: Target) -> AdapterFacts:
     if target.kind == "adapter":
         return read_facts(target.path)
     verify_directory(target.path)
-    return AdapterFacts(**read_json(target.path / MERGED_FACTS)["adapter"])
+    path = target.path / MERGED_FACTS
+    document = read_json(path)
+    return parse_facts(document.get("adapter") if isinstance(document, dict) else None, str(path))
 
 
 def base_of(facts: AdapterFacts, loaded: LoadedRecipe | None, override: str | None) -> BaseFiles:
@@ -304,11 +307,24 @@ def base_of(facts: AdapterFacts, loaded: LoadedRecipe | None, override: str | No
 
 
 def task_of(facts: AdapterFacts, processor: Any) -> Task:
-    """The task as it was trained."""
+    """The task as it was trained.
+
+    Raises:
+        CheckpointError: The state that the adapter recorded is none of this task.
+    """
     assert facts.task is not None
-    entries = facts.task["options"]
+    entries, state = facts.task["options"], facts.task["state"]
     options = TaskOptions(**{**entries, "columns": tuple(entries["columns"])})
-    return restore_task(facts.task["name"], options, facts.task["state"], processor)
+    try:
+        task = restore_task(facts.task["name"], options, state, processor)
+        for name, kind in get_type_hints(type(task)).items():
+            if name in state:
+                TypeAdapter(kind).validate_python(getattr(task, name), strict=True)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the recorded state of the task {facts.task['name']} is damaged: {first_line(error)}"
+        ) from error
+    return task
 
 
 def load_trainable(prepared: Prepared) -> tuple[nn.Module, list[str]]:

@@ -182,6 +182,8 @@ def _keep(store: Store, values: dict[str, list[Any]], first: dict[str, Any], lin
 
     try:
         store.add(values)
+    except UnicodeEncodeError as error:
+        raise DataError("a text holds half of a surrogate pair, which is not UTF-8", where=name) from error
     except OverflowError as error:
         raise DataError("a number has more than 64 bits", where=name, fix="write it as text") from error
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
