@@ -171,7 +171,7 @@ def load_tokenizer(base: BaseFiles) -> Any:
             where=f"base.model {base.name}",
             fix="pip install sentencepiece sacremoses, or the package that is named there",
         ) from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # a damaged tokenizer.json raises the bare class
         raise BaseModelError(
             f"its tokenizer cannot be used: {first_line(error)}", where=f"base.model {base.name}"
         ) from error

@@ -1,5 +1,6 @@
 """The command line: parse, call a verb (imported inside its command), print, exit code."""
 
+import errno
 import re
 import sys
 from enum import StrEnum
@@ -11,6 +12,7 @@ import typer
 from ticktune import __version__
 from ticktune.console import Console
 from ticktune.errors import Problem, ReaderGone, TicktuneError, UsageError
+from ticktune.versions import refuse_old
 
 app = typer.Typer(
     name="ticktune",
@@ -108,6 +110,7 @@ def main(
     ] = False,
 ) -> None:
     """Global flags; they stand before the command."""
+    refuse_old()
     context.obj = {"console": Console(quiet=quiet, as_json=as_json), "debug": debug}
 
 
@@ -331,6 +334,11 @@ def entry(arguments: list[str] | None = None) -> int:
         return int(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return 130
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return _unexpected(error, console, debug)
+        console.error(UsageError("the name is longer than the file system takes", where=str(error.filename)[:200]))
+        return 2
     except Exception as error:  # noqa: BLE001 - the last net: a traceback is for --debug only
         return _unexpected(error, console, debug)
 

@@ -146,6 +146,20 @@ class RunFolder:
                     fix="choose another output",
                 )
 
+    def check_links(self) -> None:
+        """Refuses links where this run would write or delete: what they point to is not its own.
+
+        Raises:
+            OutputError: Nothing is touched.
+        """
+        for path in (self.checkpoints, self.adapter, self.metrics_path):
+            if path.is_symlink():
+                raise OutputError(
+                    "it is a link, which is not followed for writing",
+                    where=str(path),
+                    fix="remove the link, or make the whole output folder one",
+                )
+
 
 @dataclass(frozen=True)
 class Target:

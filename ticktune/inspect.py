@@ -1,5 +1,6 @@
 """What a recipe would do to its base, or what a base offers: tables, no weights loaded, nothing written."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from ticktune.prepare import prepare
 from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.quantize import saved_bytes
 from ticktune.recipe.load import LoadedRecipe
+from ticktune.recipe.schema import Recipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # A trained parameter, its gradient and AdamW's two averages, all float32.
@@ -83,6 +85,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console, *, draw: Path | None 
         drawing = draw / f"{Path(example['image']).stem[:100]}-1.png"
         save_picture(picture, drawing)
     document = {
+        "recipe": recipe.model_dump(mode="json"),
         "task": recipe.task,
         "base": prepared.base.name,
         "rows": {name: len(rows) for name, rows in prepared.rows.items()},
@@ -101,6 +104,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console, *, draw: Path | None 
         "drawing": None if drawing is None else str(drawing),
     }
     rows = [["what", "value"], ["task", recipe.task], ["base", prepared.base.name]]
+    rows += [["recipe", "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in _given(recipe))]]
     rows += [["rows", ", ".join(f"{len(r):,} {name}" for name, r in prepared.rows.items())]]
     rows += _layout_rows(record.layout)
     layers = "; ".join(f"{stack} {_ranges(numbers)}" for stack, numbers in record.plan.layers.items() if numbers)
@@ -191,6 +195,21 @@ def inspect_base(name: str, console: Console, *, revision: str | None = None, di
         *[["refused", f"ticks.experts: block, as {text}"] for text in refused],
     ]
     console.result(document, rows, name, [("feed-forward blocks", _block_rows(blocks)), ("norms", _norm_rows(layout))])
+
+
+def _given(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Dotted key -> value of what a recipe says differently from the defaults, as it was read."""
+    found: list[tuple[str, Any]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), item)
+        else:
+            found.append((prefix, value))
+
+    walk("", recipe.model_dump(mode="json", exclude_defaults=True))
+    return found
 
 
 def _class_text(model: Any, named: str | None) -> str:

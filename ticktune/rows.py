@@ -1,5 +1,6 @@
 """Which rows a command works on, and what a merged folder is compared on."""
 
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,13 +100,13 @@ def _file_among(words: Sequence[str]) -> Path | None:
     """The file that the words name, if they do; a slip must not become a text to predict."""
     for word in words:
         path = Path(word)
-        is_file = bool(word) and path.exists() and not path.is_dir()
+        is_file = bool(word) and os.path.exists(word) and not os.path.isdir(word)
         if (is_file or word == "-") and len(words) > 1:
             raise UsageError("give one file or -, or texts, not both", where=word)
         if is_file:
             return path
         looks_like_one = not any(c.isspace() for c in word) and (
-            path.suffix in SUFFIXES or ("/" in word.strip("/") and path.parent.is_dir())
+            path.suffix in SUFFIXES or ("/" in word.strip("/") and os.path.isdir(path.parent))
         )
         if looks_like_one:
             raise UsageError(

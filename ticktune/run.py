@@ -84,8 +84,10 @@ def train(loaded: LoadedRecipe, console: Console, *, restart: bool = False) -> N
     check_writable(run.path)
     with lock(run.path), watched_signals() as signals:
         remove_leftovers(run.path)
-        remove_leftovers(run.checkpoints)
+        if not run.checkpoints.is_symlink():
+            remove_leftovers(run.checkpoints)
         if not restart:
+            run.check_links()
             _refuse_changed_recipe(run, loaded)
             if run.record().get("status") == "complete":
                 read_facts(run.adapter)

@@ -1,6 +1,7 @@
 """Folders of pictures or sound -> records, and the files that a row names."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def resolve_file(name: str, folder: Path, column: str, where: str) -> str:
         DataError: There is no such file.
     """
     path = folder / name
-    if not name or not path.is_file():
+    if not name or not os.path.isfile(path):
         raise DataError(f"there is no file {name!r} ({column})", where=where, fix=f"it was looked for at {path}")
     return str(path)
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,7 +106,7 @@ def read_rows(
         assert source.path is not None
         path = input_path(source.path, relative_to)
         folder, by_file = path.parent, False
-        if path.is_dir() and task.file_columns:
+        if os.path.isdir(path) and task.file_columns:
             folder, by_file = path, metadata_of(path) is None
             path = metadata_of(path) or path
         name = str(path)

@@ -16,11 +16,13 @@ from pydantic import BaseModel, ValidationError
 
 from ticktune.errors import Problem, RecipeError
 from ticktune.recipe.check import check
-from ticktune.recipe.schema import _YAML_11_WORDS, PlainWord, Recipe
+from ticktune.recipe.schema import _YAML_11_WORDS, SCHEMA_VERSION, PlainWord, Recipe
 from ticktune.registry import TASKS
 
 _MAX_BYTES = 1_000_000
 _MAX_DEPTH = 32
+_MAX_VALUES = 10_000  # keys and values; to find the nearest of the known keys for each takes its time
+_MAX_PROBLEMS = 200
 _MAX_SHOWN = 80  # characters of a value in a message
 _SPLITS = ("train", "validation", "test")
 
@@ -137,7 +139,10 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += [_problem(tree, detail) for detail in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        problems += [_problem(tree, detail) for detail in found[:_MAX_PROBLEMS]]
+        if len(found) > _MAX_PROBLEMS:
+            problems.append(Problem(f"and {len(found) - _MAX_PROBLEMS} more mistakes of this kind", str(path)))
     problems += check(values, recipe, tree.where)
     if problems or recipe is None:
         raise RecipeError(sorted(dict.fromkeys(problems), key=_line_of))
@@ -226,7 +231,7 @@ def _yaml_files(directory: Path) -> list[str]:
 
 
 def _check_events(text: str, source: str) -> None:
-    depth = 0
+    depth = values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         mark = event.start_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
@@ -236,8 +241,11 @@ def _check_events(text: str, source: str) -> None:
             raise RecipeError(f"the tag {event.tag} is not used in recipes", where=place, fix="remove it")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
+        values += isinstance(event, yaml.ScalarEvent)
         if depth > _MAX_DEPTH:
             raise RecipeError(f"more than {_MAX_DEPTH} levels of nesting", where=place)
+        if values > _MAX_VALUES:
+            raise RecipeError(f"more than {_MAX_VALUES:,} keys and values: not a recipe", where=place)
 
 
 def _yaml_problem(error: yaml.YAMLError, source: str) -> RecipeError:
@@ -373,6 +381,12 @@ def _problem(tree: Tree, detail: Any) -> Problem:
         return Problem(said if said.startswith("unquoted") else f"{said}, found {_shown(tree, path, found)}", where)
     if kind == "string_pattern_mismatch":
         return Problem(f"expected {_help_of(path).rstrip('.')}, found {_shown(tree, path, found)}", where)
+    if path == ("version",) and isinstance(found, int) and found > SCHEMA_VERSION:
+        return Problem(
+            f"the recipe is written for version {found} of the recipe grammar, this ticktune reads {SCHEMA_VERSION}",
+            where,
+            "pip install --upgrade ticktune",
+        )
     if kind == "literal_error":
         near = difflib.get_close_matches(str(found), re.findall(r"'([^']*)'", context["expected"]), 1)
         fix = f"did you mean {near[0]}?" if near else ""

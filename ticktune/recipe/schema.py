@@ -11,6 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ticktune.registry import TASKS
 
+SCHEMA_VERSION = 1
+"""Version of the recipe grammar."""
+
 _YAML_11_WORDS = {"yes", "no", "on", "off", "y", "n"}
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from ticktune.console import clean
+
 _CITATIONS = """\
 The method is known as the parallel adapter (He et al. 2021, arXiv 2110.04366) and FL-Tuning (Liu et al. 2022,
 arXiv 2206.15312), with LN-tuning (Qi et al. 2022, arXiv 2211.08682) for the norms.
@@ -81,7 +83,7 @@ def _card(facts: dict[str, Any], title: str, usage: str, check: str) -> str:
 
 
 def _text(value: object) -> str:
-    text = html.escape(" ".join(str(value).split()), quote=False)
+    text = html.escape(_line(value), quote=False)
     for character in "\\`*_{}[]()#+!|":
         text = text.replace(character, "\\" + character)
     return text
@@ -93,4 +95,9 @@ def _figure(value: object) -> str:
 
 
 def _code(value: object) -> str:
-    return "`" + " ".join(str(value).split()).replace("`", "'") + "`"
+    return "`" + _line(value).replace("`", "'") + "`"
+
+
+def _line(value: object) -> str:
+    # What a terminal would obey is made visible: cards are read there too.
+    return clean(" ".join(str(value).split()))

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticktune.errors import DataError, RecipeError
+from ticktune.errors import DataError, RecipeError, first_line
+from ticktune.signals import limited
 from ticktune.tasks.answers import find_answer, is_same
 from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, token_loss
 
 _MAX_RENDERED = 10_000_000  # characters; a template that makes more is broken or hostile
+# One conversation takes milliseconds.
+_RENDER_SECONDS, _RENDER_BYTES = 10.0, 1 << 30
 
 
 class NextToken(Task):
@@ -250,12 +253,11 @@ class CausalLm(NextToken):
         return ids, labels
 
     def _render(self, messages: list[dict[str, str]], *, prompt: bool) -> list[int]:
-        from jinja2 import TemplateError
-
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except TemplateError as error:
-            raise DataError(f"the model's chat template refuses a conversation: {error}") from error
+            with limited(_RENDER_SECONDS, _RENDER_BYTES):
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # a template is a program of the base's author: anything can go wrong in it
+            raise DataError(f"the model's chat template refuses a conversation: {first_line(error)}") from error
         if len(text) > _MAX_RENDERED:
             raise DataError(f"the chat template makes {len(text)} characters of one conversation")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
