@@ -324,10 +324,11 @@ def _apply_overrides(tree: Tree, overrides: Iterable[str]) -> list[Problem]:
             )
             continue
         try:
-            value = parse_yaml(text, "command line").values if text.strip() else None
+            given = parse_yaml(text, "command line") if text.strip() else Tree("command line")
         except RecipeError as error:
             problems += [Problem(p.message, f"command line: {key}", p.fix) for p in error.problems]
             continue
+        problems += [Problem(p.message, f"command line: {key}", p.fix) for p in given.problems]
         parent = tree.values
         for part in path[:-1]:
             if isinstance(parent, dict) and isinstance(parent.get(part), str) and part in _SPLITS:
@@ -339,7 +340,7 @@ def _apply_overrides(tree: Tree, overrides: Iterable[str]) -> list[Problem]:
         if not isinstance(parent, dict):
             problems.append(Problem("a value above it is not a group of keys", f"command line: {key}"))
             continue
-        parent[path[-1]] = _from_working_directory(path, value)
+        parent[path[-1]] = _from_working_directory(path, given.values)
         tree.command_line.add(path)
     return problems
 
