@@ -20,7 +20,7 @@ from ticktune.errors import CheckpointError, OutputError, RecipeError, ResourceE
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
-_MAX_HEADER = 100_000_000  # bytes, as safetensors has it
+_MAX_HEADER = 32 << 20  # bytes, some 300,000 tensors; a file of a large model has thousands
 # Bytes of one value of a safetensors dtype; of any other the library judges.
 _DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
@@ -153,8 +153,10 @@ def weights_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
+        if length > size - 8:
             raise ValueError("the header is longer than the file")
+        if length > _MAX_HEADER:
+            raise ValueError(f"the header is longer than {_MAX_HEADER >> 20} MiB")
         try:
             header = json.loads(stream.read(length), object_pairs_hook=_unique)
         except RecursionError:
@@ -194,6 +196,8 @@ def load_weights(path: Path) -> dict[str, Any]:
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
     """Where a tensor's bytes begin and end."""
+    if not name.isprintable() or name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{name[:100]!r} is no name of a tensor")
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ticktune.adapter import FACTS as ADAPTER_FACTS
 from ticktune.console import Console
-from ticktune.errors import CheckpointError, OutputError, UsageError
+from ticktune.errors import CheckpointError, OutputError, RecipeError, UsageError
 from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import as_record, input_path, read_json, write_json, write_text
 from ticktune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -250,7 +250,17 @@ def newest_run(root: Path) -> RunFolder:
 
 
 def output_path(loaded: LoadedRecipe) -> Path:
-    """The run folder that a recipe names, relative to the working directory."""
+    """The run folder that a recipe names, relative to the working directory.
+
+    Raises:
+        RecipeError: The name of the recipe's file is none of a folder.
+    """
+    if "{name}" in loaded.recipe.output and loaded.path.stem in (".", ".."):
+        raise RecipeError(
+            "the file's name without its ending names no folder of its own, which output asks for",
+            where=str(loaded.path),
+            fix="rename the file, or set output",
+        )
     return Path(loaded.recipe.output.replace("{name}", loaded.path.stem)).expanduser()
 
 

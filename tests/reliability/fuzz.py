@@ -336,7 +336,11 @@ def adapter_input(rng: Random, stage: Stage) -> Input:
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         files[f"{folder}/manifest.json"] = _json(manifest)
     verb = rng.choice(
-        [["eval", folder, "--data", "few.jsonl"], ["predict", folder, "w1"], ["export", folder, "-o", "runs/x", "--force"]]
+        [
+            ["eval", folder, "--data", "few.jsonl"],
+            ["predict", folder, "w1"],
+            ["export", folder, "-o", "runs/x", "--force"],
+        ]
     )
     return Input("adapter", verb, files)
 

@@ -112,7 +112,7 @@ def test_a_quoted_number_is_refused(folder: Path) -> None:
         ("evaluation: {metric: off}", 'unquoted off is read as true or false by other YAML readers; write "off"'),
         ("evaluation: {metric: on}", 'write "on"'),
         ("evaluation: {metric: true}", 'fix: quote it: "true"'),
-        ('loss: {label_smoothing: true}', "expected a number, found true"),
+        ("loss: {label_smoothing: true}", "expected a number, found true"),
         ("checkpoints: {keep: true}", "expected a whole number, found true"),
         ("checkpoints: {every: true}", "expected a number of optimizer steps"),
     ],
