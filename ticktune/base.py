@@ -613,4 +613,21 @@ def _read_config(base: BaseFiles) -> dict[str, Any]:
         raise BaseModelError(
             f"the config is not a JSON object: found {found}, expected names and values in braces", where=where, fix=fix
         )
+    if kernel := _foreign_kernel(entries):
+        raise BaseModelError(
+            f"it names code of the Hub to compute with ({kernel}), which is never run",
+            where=where,
+            fix="remove the entry: the model's family has implementations of its own",
+        )
     return entries
+
+
+def _foreign_kernel(entries: dict[str, Any]) -> str:
+    """The first entry, as ``key: value``, that names attention or experts by a Hub id; empty where there is none."""
+    for key, value in entries.items():
+        if "attn_implementation" in key or "experts_implementation" in key:
+            if "/" in str(value):
+                return f"{key}: {value}"
+        elif isinstance(value, dict) and (found := _foreign_kernel(value)):
+            return found
+    return ""

@@ -181,14 +181,19 @@ def test_code_of_a_model_is_not_run(folder: Path, canary: Canary) -> None:
 
 
 @case("S1")
-@pytest.mark.parametrize("key", ["_attn_implementation_internal", "_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("key", ["_attn_implementation_internal", "attn_implementation", "experts_implementation"])
 def test_a_config_that_names_an_attention_of_somebody_else_runs_none(folder: Path, canary: Canary, key: str) -> None:
     kernel = folder / "evil/kernel"
     kernel.mkdir(parents=True)
     for name in ("__init__.py", "kernel.py", "build.py"):
         (kernel / name).write_text(canary.python)
-    change_json(folder / "base/config.json", **{key: "evil/kernel"})
-    refused(3, "train", "r.yaml", cwd=folder, said=("error[base]", "config.json", key))
+    for entries in ({key: "evil/kernel"}, {key: {"": "evil/kernel:f"}}, {"text_config": {key: "evil/kernel@main"}}):
+        shutil.copy(folder / "base/config.json", folder / "kept.json")
+        change_json(folder / "base/config.json", **entries)
+        said = ("base/config.json: it names code of the Hub to compute with", key, "which is never run")
+        for words in (["train", "r.yaml"], ["inspect", "base"]):
+            refused(3, *words, cwd=folder, said=said)
+        shutil.copy(folder / "kept.json", folder / "base/config.json")
 
 
 @case("S1")
@@ -314,14 +319,15 @@ def test_exploding_recipes_are_refused_in_a_second_and_little_memory(folder: Pat
     for name, (text, _) in recipes.items():
         (folder / f"{name}.yaml").write_text(text)
     script = (
-        "import io, json, resource, sys, time\n"
+        "import io, json, sys, time\n"
         "from contextlib import redirect_stderr\n"
         "from ticktune.cli import entry\n"
         "for name in sys.argv[1:]:\n"
         "    start, error = time.process_time(), io.StringIO()\n"
         "    with redirect_stderr(error):\n"
         "        code = entry(['train', f'{name}.yaml'])\n"
-        "    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "    # Not ru_maxrss, which begins with that of the process that forked.\n"
+        "    peak = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024\n"
         "    print(json.dumps([name, code, error.getvalue(), time.process_time() - start, peak]))\n"
     )
     words = [sys.executable, "-c", script, *recipes]
@@ -651,7 +657,7 @@ def test_archives_are_not_opened(copy: Path) -> None:
         tar.addfile(link)
         tar.addfile(tarfile.TarInfo("../escaped.txt"), io.BytesIO())
     for name, suffix in (("bomb.jsonl.gz", ".gz"), ("rows.zip", ".zip"), ("rows.tar.gz", ".gz")):
-        said = (f"{name}: files ending in {suffix} are not read", "fix: use one of")
+        said = (name, f"files ending in {suffix} are not read", "fix: use one of")
         refused(4, "train", "r.yaml", f"data.train={name}", "output=x", cwd=copy, watched=copy.parent, said=said)
         refused(4, "eval", "runs/tiny", "--data", name, cwd=copy, watched=copy.parent, said=said)
         refused(4, "predict", "runs/tiny", name, cwd=copy, watched=copy.parent, said=(name, "is not UTF-8"))
@@ -792,11 +798,11 @@ def test_a_terminal_gets_no_control_characters(
     assert "bug in ticktune" not in said
     assert {c for c in said if not c.isprintable()} <= {"\n"}
     shown = {
-        "inspect": "te[/x]xt\\x1b[2J",
+        "inspect": r"te[/x]xt\u001b[2J",
         "predict": "\\x1b" if code else "",
         "eval": "" if code == 0 else "[/x]\\x1b[2J",
     }
-    assert shown.get(words[0], "") in said
+    assert shown.get(words[0], "") in "".join(said.split())
 
 
 @case("S9")
