@@ -30,16 +30,18 @@ SECONDS = 30.0  # an input that takes longer hangs
 ODD_VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 8, 65536, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-4, 1e308, float("nan"),
     float("inf"), "", " ", "x", "no", "1e-4", "auto", "all", "none", "last:3", "0-1", "epoch", "cpu", "cuda:99", "../x",
-    "/dev/null", "~", "${NO_SUCH}", "{text}", "{0.__class__}", "{", "a\nb", "\x1b]0;x\x07", "\u202e", "\ud800", "[/red]",
-    "é🙂", "y" * 300, [], [[]], [0], [1, 2], ["text"], {}, {"": 1}, {"text": "text"}, {"path": "x"}, {"a": {"b": []}},
+    "/dev/null", "~", "${NO_SUCH}", "{text}", "{0.__class__}", "{", "a\nb", "\x1b]0;x\x07", "\u202e", "\ud800",
+    "[/red]", "é🙂", "y" * 300, [], [[]], [0], [1, 2], ["text"], {}, {"": 1}, {"text": "text"}, {"path": "x"},
+    {"a": {"b": []}},
 ]  # fmt: skip
 """What stands in the place of a value."""
 
 PIECES = [
-    *(b"1e-4", b".nan", b"-1", b"no", b"{", b"}", b"[", b"]", b":", b": ", b"- ", b"&a ", b"*a", b"<<: ", b"#", b"|", b">"),
-    *(b"!!python/object/apply:os.system ", b"\t", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\r", b"\n", b"\n---\n"),
-    *(b"'", b'"', b"\\", b"\\u0000", b"\\ud800", b"9" * 400, b"9" * 5000, b"null", b"NaN", b"[" * 2000, b"{" * 50),
-    *(b"\x1b[2J", "\u2028".encode(), "\u202e".encode(), b"%", b"${HOME}", b"{x!r}", b",", b"\x1c", b"\x85"),
+    *(b"1e-4", b".nan", b"-1", b"no", b"{", b"}", b"[", b"]", b":", b": ", b"- ", b"&a ", b"*a", b"<<: ", b"#", b"|"),
+    *(b">", b"!!python/object/apply:os.system ", b"\t", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\r"),
+    *(b"\n", b"\n---\n", b"'", b'"', b"\\", b"\\u0000", b"\\ud800", b"9" * 400, b"9" * 5000, b"null", b"NaN"),
+    *(b"[" * 2000, b"{" * 50, b"\x1b[2J", "\u2028".encode(), "\u202e".encode(), b"%", b"${HOME}", b"{x!r}", b","),
+    *(b"\x1c", b"\x85"),
 ]  # fmt: skip
 """What is put between the bytes of a file."""
 

@@ -1,7 +1,6 @@
 """A sample of the fuzz (see fuzz.py), and recipes and rows that hypothesis makes up."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +72,45 @@ def test_a_hang_and_a_bug_are_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch
     assert stage.answer(Input("words", ["eval"])).code == -1
     monkeypatch.setattr("ticktune.run.evaluate", lambda *_, **__: 1 / 0)
     assert stage.answer(Input("words", ["eval"])).code == 1
+
+
+LONG = "y" * 300
+FOUND: list[tuple[int, list[str], dict[str, bytes | None]]] = [
+    (2, ["eval", LONG], {}),
+    (2, ["eval", f"{LONG}.yaml"], {}),
+    (0, ["predict", LONG], {}),
+    (0, ["predict", "runs/tiny", "w" * 5000], {}),
+    (2, ["predict", "runs/tiny", f"{LONG}.jsonl"], {}),
+    (4, ["predict", "runs/tiny", "\udcff"], {}),
+    (4, ["train", "small.yaml", f"data.train={LONG}.jsonl"], {}),
+    (3, ["inspect", "small.yaml", f"base.model={LONG}"], {}),
+    (2, ["inspect", "small.yaml", f"data.train=${{{LONG}}}"], {}),
+    (2, ["train", "small.yaml", "output=" + "/".join(["y" * 200] * 30)], {}),
+    (2, ["export", "runs/tiny", "-o", LONG], {}),
+    (
+        6,
+        ["eval"],
+        {"runs/tiny/adapter/manifest.json": json.dumps({"files": {LONG: {"bytes": 1, "sha256": ""}}}).encode()},
+    ),
+    (6, ["train", "recipe.yaml"], {"runs/tiny/run.json": b'{"status": "complete", "metrics": "x"}'}),
+    (6, ["train", "recipe.yaml"], {"runs/tiny/run.json": b'{"status": 5}'}),
+    (3, ["inspect", "small.yaml"], {"base/model.safetensors": b"\x02" + b"\0" * 7 + b"[]"}),
+    (3, ["inspect", "small.yaml"], {"base/model.safetensors.index.json": b'{"weight_map": {"a": 5}}'}),
+    (
+        3,
+        ["inspect", "small.yaml"],
+        {"base/model.safetensors.index.json": json.dumps({"weight_map": {"a": LONG}}).encode()},
+    ),
+    (3, ["inspect", "small.yaml"], {"base/tokenizer.json": b"{"}),
+]
+"""Exit code, command line and files of inputs that once ended as bugs, or would have."""
+
+
+@pytest.mark.parametrize(("code", "words", "files"), FOUND, ids=lambda value: str(value)[:40])
+def test_what_was_found_stays_mended(stage: Stage, code: int, words: list[str], files: dict[str, bytes | None]) -> None:
+    answer = stage.answer(Input("found", words, files))
+    assert answer.code == code, answer
+    ok(answer)
 
 
 @SETTINGS
