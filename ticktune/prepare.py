@@ -319,7 +319,7 @@ def task_of(facts: AdapterFacts, processor: Any) -> Task:
         task = restore_task(facts.task["name"], options, state, processor)
         for name, kind in get_type_hints(type(task)).items():
             if name in state:
-                TypeAdapter(kind).validate_python(getattr(task, name), strict=True)
+                TypeAdapter(kind).validate_python(getattr(task, name))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the recorded state of the task {facts.task['name']} is damaged: {first_line(error)}"
