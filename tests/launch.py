@@ -132,9 +132,11 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], streams: list
         setattr(sys, name, open(number, "w", encoding="utf-8", buffering=1, closefd=False))
     import torch
 
+    from tests.reliability import faults
     from ticktune.cli import entry
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    faults.install(environment.get(faults.VARIABLE, "").split())
     code = 70
     try:
         code = entry(words)
