@@ -76,6 +76,11 @@ def small_work(folder: Path) -> Work:
     return Work(folder, recipe)
 
 
+def run_name(test: str) -> str:
+    """The name of a run of a test's own."""
+    return "".join(c if c.isalnum() else "-" for c in test)[:40] + hashlib.sha256(test.encode()).hexdigest()[:8]
+
+
 def result(run: Path) -> dict[str, Any]:
     """What two runs of the same recipe must share, bit for bit: adapter, last state, log, evaluations."""
     newest = sorted(run.glob("checkpoints/step-*"))[-1]

@@ -4,13 +4,12 @@ import json
 import random
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.reliability.catalogue import case
-from tests.reliability.runs import STEPS, Work, again, hashes, judged, leftovers, result, small_work, tried
+from tests.reliability.runs import STEPS, Work, again, judged, result, run_name, small_work, tried
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def stopped(work: Work) -> str:
 @pytest.fixture
 def name(work: Work, request: pytest.FixtureRequest) -> str:
     """A run of the test's own."""
-    return "".join(c if c.isalnum() else "-" for c in request.node.name)[:80]
+    return run_name(request.node.name)
 
 
 # Killed
