@@ -429,7 +429,12 @@ def _refuse_changed_recipe(run: RunFolder, loaded: LoadedRecipe) -> None:
     if before is None:
         return
     now = recipe_identity(loaded, run)
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    keys = sorted(
+        key
+        for key in before.keys() | now.keys()
+        # A key that the version which began the run did not know yet had the effect of its default.
+        if before.get(key) != now.get(key) and (key in before or loaded.says(key))
+    )
     if keys:
         changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
         raise OutputError(

@@ -10,6 +10,7 @@ The environment variable ``TICKTUNE_FAULTS`` of the command holds plans, one a w
 - ``trace=FILE``: every call of ``disk`` as a line of FILE.
 - ``args@POINT=FILE``: the first argument of each call of a function as a line of FILE.
 - ``umask=027``, ``fsize=16000``: the umask, and the largest size of a file (RLIMIT_FSIZE).
+- ``no-exchange``: the file system cannot exchange two names.
 - ``near``: what a merged folder is compared in runs in this process, not in a fresh one that imports for seconds.
 """
 
@@ -40,6 +41,10 @@ def install(words: Iterable[str]) -> None:
     for word in words:
         if word == "near":
             _near()
+        elif word == "no-exchange":
+            import ticktune.files
+
+            ticktune.files._exchange = lambda one, other: False
         elif word.startswith("umask="):
             os.umask(int(word.removeprefix("umask="), 8))
         elif word.startswith("fsize="):

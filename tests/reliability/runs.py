@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.end_to_end.support import classification, write_rows
 from tests.launch import Launched, launch
 from tests.reliability.faults import plan
 from ticktune.errors import CheckpointError
-from ticktune.files import verify_directory
+from ticktune.files import MANIFEST, new_directory, verify_directory
 
 STEPS, PER_EPOCH, EVERY = 12, 4, 2
 """Steps of the run and of an epoch; a checkpoint every so many steps."""
@@ -106,6 +107,16 @@ def broken(run: Path) -> list[str]:
         except CheckpointError as error:
             found.append(str(error))
     return found
+
+
+def remade(folder: Path, change: Callable[[Path], object]) -> None:
+    """Changes a folder of ours so that it verifies."""
+    old = folder.with_name(f"{folder.name}-before")
+    folder.rename(old)
+    with new_directory(folder) as temporary:
+        shutil.copytree(old, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        change(temporary)
+    shutil.rmtree(old)
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.launch import Launched
+from tests.launch import Launched, launch
 from tests.reliability.catalogue import case
-from tests.reliability.runs import Work, again, broken, hashes, leftovers, result, run_name, small_work
+from tests.reliability.golden import FOLDER, SAVED
+from tests.reliability.golden import STEPS as LAST
+from tests.reliability.runs import Work, again, broken, hashes, leftovers, remade, result, run_name, small_work
 
 NEWEST = "checkpoints/step-00000006"
 
@@ -359,3 +362,46 @@ def test_killed_by_the_kernel_within_a_rename(work: Work, whole: dict[str, Any],
     assert done.returncode in (137, -9), done.stderr
     assert not broken(work.run(name))
     assert not again(work, name, whole)
+
+
+# Other versions
+
+
+@case("C18")
+@pytest.mark.parametrize("folder", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
+def test_a_run_of_every_older_format_goes_on(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "old")
+    log = (tmp_path / "old/run/metrics.jsonl").read_text().splitlines()
+    state = json.loads((tmp_path / f"old/run/checkpoints/step-{SAVED:08d}/state.json").read_text())
+    done = launch("train", "recipe.yaml", cwd=tmp_path / "old")
+    assert done.returncode == 0, done.stderr
+    assert f"going on after step {SAVED} of {LAST}" in done.stderr
+    record = json.loads((tmp_path / "old/run/run.json").read_text())
+    assert (record["status"], record["steps"]) == ("complete", LAST)
+    assert record["history"][: len(state["progress"]["history"])] == state["progress"]["history"]
+    kept = [line for line in log if json.loads(line)["step"] <= SAVED]
+    assert (tmp_path / "old/run/metrics.jsonl").read_text().splitlines()[: len(kept)] == kept
+
+
+@case("C18")
+def test_a_recipe_that_had_fewer_keys_goes_on(work: Work, whole: dict[str, Any], name: str) -> None:
+    path = work.run(name) / "run.json"
+    record = json.loads(path.read_text())
+    del record["recipe"]["data.separator"], record["recipe"]["loss.label_smoothing"]
+    path.write_text(json.dumps(record))
+    refused(work.train(name, words=("loss.label_smoothing=0.1",)), 7, "loss.label_smoothing: None -> 0.1")
+    assert not again(work, name, whole)
+
+
+@case("C18")
+def test_a_checkpoint_of_a_newer_version_is_refused(work: Work, name: str) -> None:
+    for path in (work.run(name) / "checkpoints").iterdir():
+        state = json.loads((path / "state.json").read_text())
+        remade(path, lambda at, state=state: (at / "state.json").write_text(json.dumps(state | {"format": 99})))
+    before = hashes(work.run(name))
+    done = work.train(name)
+    refused(done, 6, "the checkpoint has the format 99, this version reads 1", "use the version of ticktune that wrote")
+    after = hashes(work.run(name))
+    assert {n: h for n, h in after.items() if "checkpoints" in n} == {
+        n: h for n, h in before.items() if "checkpoints" in n
+    }
