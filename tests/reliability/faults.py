@@ -7,19 +7,27 @@ The environment variable ``TICKTUNE_FAULTS`` of the command holds plans, one a w
   of a function, or ``disk``: whatever changes a file or folder below one that is named ``runs``: opening for writing,
   saving tensors and the moment after it, fsync, rename, mkdir, unlink, rmdir, chmod; or ``space``: those of them that a
   full disk can refuse.
-- ``trace=FILE``: every call of ``disk`` as a line of FILE.
+- ``strace=INJECTION``: what strace does to system calls, such as ``fsync:signal=KILL:when=3``.
+- ``trace=FILE``: every call of ``disk`` as a line of FILE: ``space`` or ``-``, what it is, its paths.
 - ``args@POINT=FILE``: the first argument of each call of a function as a line of FILE.
 - ``umask=027``, ``fsize=16000``: the umask, and the largest size of a file (RLIMIT_FSIZE).
 - ``no-exchange``: the file system cannot exchange two names.
 - ``near``: what a merged folder is compared in runs in this process, not in a fresh one that imports for seconds.
 """
 
+import contextlib
+import ctypes
 import errno
 import importlib
+import io
+import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +35,7 @@ from typing import Any
 VARIABLE = "TICKTUNE_FAULTS"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")
-_NEEDS_SPACE = ("open", "save", "fsync", "rename", "exchange", "mkdir")
+NEEDS_SPACE = ("open", "save", "fsync", "rename", "exchange", "mkdir")
 
 
 def plan(*words: str) -> dict[str, str]:
@@ -45,6 +53,8 @@ def install(words: Iterable[str]) -> None:
             import ticktune.files
 
             ticktune.files._exchange = lambda one, other: False
+        elif word.startswith("strace="):
+            _trace_myself(word.removeprefix("strace="))
         elif word.startswith("umask="):
             os.umask(int(word.removeprefix("umask="), 8))
         elif word.startswith("fsize="):
@@ -84,11 +94,24 @@ def _action(name: str) -> Callable[[str], None]:
     return send
 
 
+def can_trace() -> bool:
+    """Whether strace is installed and may trace a process of ours."""
+    done = (
+        subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True) if shutil.which("strace") else None
+    )
+    return done is not None and done.returncode == 0
+
+
+def _trace_myself(injection: str) -> None:
+    pid, calls = str(os.getpid()), injection.partition(":")[0]
+    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: anybody may trace it
+    words = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={injection}", "-p", pid]
+    subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
+    while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+        time.sleep(0.01)
+
+
 def _near() -> None:
-    import contextlib
-    import io
-    import json
-    import subprocess
     from types import SimpleNamespace
 
     from ticktune.export import stock_forward, verify
@@ -195,11 +218,14 @@ class _Disk:
 
     def _call(self, kind: str, *paths: Any) -> None:
         names = [os.fsdecode(path) for path in paths if isinstance(path, str | bytes | os.PathLike)]
+        if kind == "mkdir" and os.path.isdir(names[0]):
+            kind = "mkdir of a folder that exists"
         if not any("runs" in Path(os.path.abspath(name)).parts for name in names):
             return
         if self.trace is not None:
-            os.write(self.trace, f"{kind} {' '.join(map(os.path.abspath, names))}\n".encode())
-        for point in ("disk", "space") if kind in _NEEDS_SPACE else ("disk",):
+            needs = "space" if kind in NEEDS_SPACE else "-"
+            os.write(self.trace, "\t".join([needs, kind, *map(os.path.abspath, names), "\n"]).encode())
+        for point in ("disk", "space") if kind in NEEDS_SPACE else ("disk",):
             self._calls[point] += 1
             act = self.plans.get((point, self._calls[point]))
             if act is not None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.launch import Launched, launch
+from tests.launch import launch
 from tests.reliability.catalogue import case
+from tests.reliability.faults import can_trace
 from tests.reliability.golden import FOLDER, SAVED
 from tests.reliability.golden import STEPS as LAST
-from tests.reliability.runs import Work, again, broken, hashes, leftovers, remade, result, run_name, small_work
+from tests.reliability.runs import Work, again, broken, hashes, leftovers, remade, result, run_name, small_work, tried
 
 NEWEST = "checkpoints/step-00000006"
 
@@ -209,17 +209,17 @@ def test_changed_inputs_are_refused(file: str, change: Callable[[Path], None], s
 def test_another_thread_count_or_version_is_said_and_recorded(work: Work, name: str) -> None:
     path = work.run(name) / "run.json"
     record = json.loads(path.read_text())
-    version = record["versions"]["torch"]
-    record["versions"]["torch"] = "0.0.1"
+    here = record["versions"]["torch"]
+    record["versions"]["torch"], record["compute"]["threads"] = "0.0.1", 2
     path.write_text(json.dumps(record))
-    with Launched(["train", str(work.recipe), f"output=runs/{name}"], work.folder, {"OMP_NUM_THREADS": "2"}) as process:
-        done = process.completed()
+    done = work.train(name)
     assert done.returncode == 0, done.stderr
-    said = flat(done.stderr)
-    assert f"the run goes on with threads 1 -> 2, torch 0.0.1 -> {version}: the result need not be bitwise" in said
-    [entry] = json.loads(path.read_text())["continued"]
-    assert (entry["compute"]["threads"], entry["versions"]["torch"]) == (2, version)
-    assert json.loads(path.read_text())["versions"]["torch"] == "0.0.1"
+    said = "the run goes on with threads 2 -> 1, torch 0.0.1 -> "
+    assert f"{said}{here}: the result need not be bitwise the same" in flat(done.stderr)
+    found = json.loads(path.read_text())
+    assert [(e["compute"]["threads"], e["versions"]["torch"]) for e in found["continued"]] == [(1, here)]
+    assert found["versions"]["torch"] == "0.0.1"
+    assert "goes on with" not in work.train(name).stderr
 
 
 # Several processes, and what is not ours
@@ -331,7 +331,7 @@ def test_a_save_flushes_files_then_manifest_then_folder_and_renames(work: Work, 
     work.remove(name)
     trace = tmp_path / "trace"
     assert work.train(name, f"trace={trace}").returncode == 0
-    calls = [line.split() for line in trace.read_text().splitlines()]
+    calls = [line.split("\t")[1:-1] for line in trace.read_text().splitlines()]
     folder = work.run(name) / "checkpoints"
     [end] = [n for n, call in enumerate(calls) if call[0] == "rename" and call[2:] == [str(folder / "step-00000006")]]
     temporary = Path(calls[end][1])
@@ -347,21 +347,14 @@ def test_a_save_flushes_files_then_manifest_then_folder_and_renames(work: Work, 
     assert calls[end + 2][:2] == ["rename", str(folder / "step-00000002")]
 
 
-@case("C2", "C20")
-@pytest.mark.slow
-def test_killed_by_the_kernel_within_a_rename(work: Work, whole: dict[str, Any], name: str, tmp_path: Path) -> None:
-    strace = "/usr/bin/strace"
-    if not os.access(strace, os.X_OK):
-        pytest.skip("strace is not installed")
+@case("C2")
+@pytest.mark.skipif(not can_trace(), reason="strace is not installed, or may not trace here")
+@pytest.mark.parametrize(
+    "call", ["rename:signal=KILL:when=5", "fsync:signal=KILL:when=20", "write:signal=KILL:when=30"]
+)
+def test_killed_within_a_system_call(call: str, work: Work, whole: dict[str, Any], name: str) -> None:
     work.remove(name)
-    words = [strace, "-f", "-o", str(tmp_path / "out"), "-e", "trace=rename", "-e"]
-    words += ["inject=rename:signal=KILL:when=6", sys.executable, "-m", "ticktune", "train", str(work.recipe)]
-    done = subprocess.run([*words, f"output=runs/{name}"], cwd=work.folder, capture_output=True, text=True, check=False)
-    if "ptrace" in done.stderr:
-        pytest.skip("strace may not trace here")
-    assert done.returncode in (137, -9), done.stderr
-    assert not broken(work.run(name))
-    assert not again(work, name, whole)
+    assert not tried(work, name, whole, f"strace={call}", code=-9)
 
 
 # Other versions
