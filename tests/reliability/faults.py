@@ -11,6 +11,7 @@ The environment variable ``TICKTUNE_FAULTS`` of the command holds plans, one a w
 - ``trace=FILE``: every call of ``disk`` as a line of FILE: ``space`` or ``-``, what it is, its paths.
 - ``args@POINT=FILE``: the first argument of each call of a function as a line of FILE.
 - ``umask=027``, ``fsize=16000``: the umask, and the largest size of a file (RLIMIT_FSIZE).
+- ``stderr=FILE``, ``stdout=FILE``: where messages and results go, such as ``/dev/full``.
 - ``no-exchange``: the file system cannot exchange two names.
 - ``near``: what a merged folder is compared in runs in this process, not in a fresh one that imports for seconds.
 """
@@ -53,6 +54,9 @@ def install(words: Iterable[str]) -> None:
             import ticktune.files
 
             ticktune.files._exchange = lambda one, other: False
+        elif word.startswith(("stderr=", "stdout=")):
+            stream, _, file = word.partition("=")
+            os.dup2(os.open(file, os.O_WRONLY), getattr(sys, stream).fileno())
         elif word.startswith("strace="):
             _trace_myself(word.removeprefix("strace="))
         elif word.startswith("umask="):

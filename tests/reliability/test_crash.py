@@ -1,6 +1,7 @@
 """Crashes: killed, signalled or out of disk anywhere, the same command ends with the same weights, bit for bit."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -124,3 +125,14 @@ def test_a_full_disk_is_said_and_costs_nothing(number: int, work: Work, whole: d
 @pytest.mark.parametrize("size", [300, 2500, 9000])
 def test_a_file_that_cannot_grow_is_a_full_disk(size: int, work: Work, whole: dict[str, Any], name: str) -> None:
     assert not tried(work, name, whole, f"fsize={size}", code=8)
+
+
+@case("C5")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_messages_that_cannot_be_written_do_not_stop_the_work(work: Work, whole: dict[str, Any], name: str) -> None:
+    assert work.train(name, "stderr=/dev/full", "TERM@ticktune.session.Session._show#5").returncode == 143
+    assert work.train(name, "stderr=/dev/full").returncode == 0
+    assert result(work.run(name)) == whole
+    done = work.train(name, "stdout=/dev/full")  # complete already: what cannot be said is the result
+    assert done.returncode == 8
+    assert "error[resources]: standard output: it cannot be written: No space left on device" in done.stderr
