@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.catalogue import case
 from ticktune import files
 from ticktune.errors import CheckpointError, OutputError, RecipeError, ResourceError
 
@@ -147,6 +148,7 @@ def test_a_manifest_has_size_and_sha256_of_every_file(tmp_path: Path) -> None:
     }
 
 
+@case("X8")
 def test_files_of_a_new_directory_are_readable_as_the_umask_says(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -246,6 +248,7 @@ with lock(Path(sys.argv[1])):
 """
 
 
+@case("C8", "C9")
 def test_a_lock_keeps_another_process_out_and_names_its_holder(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

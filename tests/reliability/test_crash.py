@@ -11,6 +11,7 @@ import pytest
 
 from tests.reliability.catalogue import case
 from tests.reliability.runs import STEPS, Work, again, judged, result, run_name, small_work, tried
+from ticktune.files import verify_directory
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,21 @@ def test_no_row_is_repeated_or_left_out(work: Work, name: str) -> None:
 def test_killed_while_writing_a_whole_state_is_left(share: float, work: Work, whole: dict[str, Any], name: str) -> None:
     number = int(share * len((work.folder / "trace").read_text().splitlines()))
     assert not tried(work, name, whole, f"KILL@disk#{number}", code=-9)
+
+
+@case("C14")
+@pytest.mark.parametrize("share", [0.42, 0.5, 0.58, 0.66])
+def test_of_a_single_checkpoint_one_is_whole_at_every_instant(
+    share: float, work: Work, whole: dict[str, Any], name: str
+) -> None:
+    number = int(share * len((work.folder / "trace").read_text().splitlines()))
+    assert work.train(name, f"KILL@disk#{number}", words=("checkpoints.keep=1",)).returncode == -signal.SIGKILL
+    kept = list(work.run(name).glob("checkpoints/step-*"))
+    assert kept
+    for path in kept:
+        verify_directory(path)
+        assert (path / "best.safetensors").is_file()
+    assert not again(work, name, whole)
 
 
 @case("C5")
