@@ -159,16 +159,21 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
             for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
                 _fsync_directory(folder)
             _fsync_directory(temporary)
-            _put(temporary, target)
+            _put(temporary, target, replace)
             _fsync_directory(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put(new: Path, target: Path) -> None:
-    """Renames a directory to ``target``; an old one there then has the name ``new``, where it is not removed."""
-    if not target.exists():
-        os.rename(new, target)
+def _put(new: Path, target: Path, replace: bool) -> None:
+    """Renames a directory to ``target``; one that is replaced there has the name ``new`` then, or is removed."""
+    if not replace or not target.exists():
+        try:
+            os.rename(new, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made by another process since we looked
+                raise OutputError("it exists already", where=str(target)) from error
+            raise
     elif not _exchange(new, target):
         # Killed between these two renames, the old directory is whole under its other name, which nothing removes.
         old = target.with_name(f".old-{target.name}")
