@@ -133,11 +133,11 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 where=str(target),
                 fix="choose another place, or remove it yourself",
             )
-    temporary = target.parent / f"{_TEMPORARY}{target.name[:100]}-{secrets.token_hex(6)}"
+    temporary = target.parent / f"{_TEMPORARY}{target.name[:40]}-{secrets.token_hex(6)}"
     with writing(target):
         _make_directory(target.parent)
         for left in target.parent.glob(f"{_TEMPORARY}*"):
-            if re.fullmatch(rf"{re.escape(_TEMPORARY + target.name[:100])}-[0-9a-f]{{12}}", left.name):
+            if re.fullmatch(rf"{re.escape(_TEMPORARY + target.name[:40])}-[0-9a-f]{{12}}", left.name):
                 _remove_leftover(left)
         temporary.mkdir()
     try:
@@ -176,8 +176,7 @@ def _put(new: Path, target: Path, replace: bool) -> None:
             raise
     elif not _exchange(new, target):
         # Killed between these two renames, the old directory is whole under its other name, which nothing removes.
-        old = target.with_name(f".old-{target.name}")
-        shutil.rmtree(old, ignore_errors=True)
+        old = target.with_name(f".old-{target.name[:40]}-{secrets.token_hex(6)}")
         os.rename(target, old)
         try:
             os.rename(new, target)
@@ -243,30 +242,24 @@ def _remove_leftover(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    try:
-        with _held(path):
+    with _held(path) as is_free:
+        if is_free:  # else a process that lives is writing it, or nobody can say
             shutil.rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        return  # a process that lives is writing it
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Marks a directory as one that a living process is writing, where the file system can.
-
-    Raises:
-        BlockingIOError: Another process does.
-    """
+def _held(directory: Path) -> Iterator[bool]:
+    """Marks a directory as one that a living process is writing; false where that cannot be, or another one does."""
     import fcntl
 
     number = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                raise
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(number)
 
