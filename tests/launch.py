@@ -5,6 +5,7 @@ Importing torch and transformers takes longer than most commands on tiny models.
 with arguments, environment, directory and file descriptors of its own, that signals stop as they stop any process.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -74,8 +75,9 @@ class Launched:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Sends it a signal."""
-        os.kill(self.pid, number)
+        """Sends it a signal, if it runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for its end.

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from ticktune.versions import versions
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
 SEED = 1
-RANDOM, PAIRS, TRACED = 50, 50, 10
+RANDOM, PAIRS, TRACED = 50, 50, 5
+_COMMAND = "bash scripts/soak.sh"
+_ALIKE = (4, 8, 10)
+"""Checkpoints whose saves are like that of step 6: the first, that one and the last are tried call by call."""
 _FORCED = ("--merge", "--force", "--dtype", "bfloat16")
 
 
@@ -39,17 +42,18 @@ class Soak:
     def __init__(self, work: Work) -> None:
         self.work, self.draw = work, random.Random(SEED)
         trace = work.folder / "trace"
-        started = time.monotonic()
         done = work.train("whole", f"trace={trace}")
         assert done.returncode == 0, done.stderr
+        started = time.monotonic()
+        assert work.train("timed").returncode == 0
         self.seconds = time.monotonic() - started
         self.whole = result(work.run("whole"))
-        self.calls = _counted(trace)
+        self.calls = _numbered(trace)
         assert work.export("whole", "--merge").returncode == 0
         trace = work.folder / "export-trace"
         work.copy("whole", "traced")
         assert work.export("traced", *_FORCED, plans=(f"trace={trace}",)).returncode == 0
-        self.export_calls = _counted(trace)
+        self.export_calls = _numbered(trace)
 
     def kinds(self) -> dict[str, Callable[[], Iterator[str]]]:
         """Kind of fault -> its attempts."""
@@ -63,7 +67,7 @@ class Soak:
             ),
             "SIGKILL at random instants": lambda: self._random([signal.SIGKILL] * RANDOM),
             "SIGTERM, SIGINT and SIGHUP at random instants": lambda: self._random(
-                [signal.SIGTERM, signal.SIGINT, signal.SIGHUP] * 8
+                [signal.SIGTERM, signal.SIGINT, signal.SIGHUP] * 4
             ),
             "SIGKILL at every change of the disk while training": lambda: self._train(
                 "KILL@disk#{}", self.calls["disk"], -9
@@ -71,7 +75,7 @@ class Soak:
             "full disk at every change of the disk while training": lambda: self._train(
                 "ENOSPC@space#{}", self.calls["space"], 8
             ),
-            "files that cannot grow (RLIMIT_FSIZE)": lambda: self._train("fsize={}00", 40, 8, first=4, every=3),
+            "files that cannot grow (RLIMIT_FSIZE)": lambda: self._train("fsize={}00", range(4, 40, 3), 8),
             "SIGKILL at every change of the disk while exporting": lambda: self._export("KILL@disk#{}", "disk", -9),
             "full disk at every change of the disk while exporting": lambda: self._export(
                 "ENOSPC@space#{}", "space", 8
@@ -81,8 +85,8 @@ class Soak:
             "two processes at once": self._pairs,
         }
 
-    def _train(self, plan: str, count: int, code: int, *, first: int = 1, every: int = 1) -> Iterator[str]:
-        for number in range(first, count + 1, every):
+    def _train(self, plan: str, numbers: Iterable[int], code: int) -> Iterator[str]:
+        for number in numbers:
             yield tried(self.work, f"train-{number}", self.whole, plan.format(number), code=code)
 
     def _random(self, numbers: list[signal.Signals]) -> Iterator[str]:
@@ -100,7 +104,7 @@ class Soak:
 
     def _export(self, plan: str, kind: str, code: int) -> Iterator[str]:
         before = hashes(self.work.run("whole") / "merged")
-        for number in range(1, self.export_calls[kind] + 1):
+        for number in self.export_calls[kind]:
             name = f"export-{number}"
             run = self.work.copy("whole", name)
             done = self.work.export(name, *_FORCED, plans=(plan.format(number),))
@@ -150,9 +154,17 @@ class Soak:
             self.work.remove(name)
 
 
-def _counted(trace: Path) -> dict[str, int]:
-    lines = trace.read_text().splitlines()
-    return {"disk": len(lines), "space": sum(line.startswith("space") for line in lines)}
+def _numbered(trace: Path) -> dict[str, list[int]]:
+    """The numbers of the calls of ``disk`` and ``space``, without those of saves that are like another one."""
+    numbers: dict[str, list[int]] = {"disk": [], "space": []}
+    space = 0
+    for number, line in enumerate(trace.read_text().splitlines(), start=1):
+        space += line.startswith("space")
+        if not any(f"step-{step:08d}-" in line for step in _ALIKE):
+            numbers["disk"].append(number)
+            if line.startswith("space"):
+                numbers["space"].append(space)
+    return numbers
 
 
 def _dtype(run: Path) -> str:
@@ -181,7 +193,7 @@ def main() -> int:
             sys.stdout.writelines(f"  {text}\n" for text in bad)
             sys.stdout.flush()
     document = {
-        "command": "bash scripts/soak.sh",
+        "command": " ".join([*(f"TMPDIR={folder}" for folder in [os.environ.get("TMPDIR")] if folder), _COMMAND]),
         "seed": SEED,
         "steps": STEPS,
         "strace": can_trace(),
