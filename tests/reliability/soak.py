@@ -58,12 +58,11 @@ class Soak:
     def kinds(self) -> dict[str, Callable[[], Iterator[str]]]:
         """Kind of fault -> its attempts."""
         return {
-            "SIGKILL after every step": lambda: self._train("KILL@ticktune.session.Session._show#{}", STEPS, -9),
-            "SIGKILL before every step is logged": lambda: self._train(
-                "KILL@ticktune.session.Session._account#{}", STEPS, -9
+            "SIGKILL after every step": lambda: self._train(
+                "KILL@ticktune.session.Session._show#{}", range(1, STEPS + 1), -9
             ),
             "SIGKILL in every micro-batch": lambda: self._train(
-                "KILL@ticktune.train.steps._backward#{}", 2 * STEPS, -9
+                "KILL@ticktune.train.steps._backward#{}", range(1, 2 * STEPS + 1), -9
             ),
             "SIGKILL at random instants": lambda: self._random([signal.SIGKILL] * RANDOM),
             "SIGTERM, SIGINT and SIGHUP at random instants": lambda: self._random(
