@@ -5,6 +5,7 @@ Importing torch and transformers takes longer than most commands on tiny models.
 with arguments, environment, directory and file descriptors of its own, that signals stop as they stop any process.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -74,8 +75,9 @@ class Launched:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Sends it a signal."""
-        os.kill(self.pid, number)
+        """Sends it a signal, if it runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for its end.
@@ -132,9 +134,11 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], streams: list
         setattr(sys, name, open(number, "w", encoding="utf-8", buffering=1, closefd=False))
     import torch
 
+    from tests.reliability import faults
     from ticktune.cli import entry
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    faults.install(environment.get(faults.VARIABLE, "").split())
     code = 70
     try:
         code = entry(words)

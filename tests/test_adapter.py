@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tests.models as models
 import ticktune
+from tests.reliability.catalogue import case
 from tests.training import bits, same, snapshot
 from ticktune.adapter import FACTS, TENSORS, AdapterFacts, read_facts, read_tensors, write_adapter
 from ticktune.errors import BaseModelError, CheckpointError, PatchError, TicktuneError
@@ -46,6 +47,7 @@ def _logits(model: nn.Module) -> Tensor:
     return logits
 
 
+@case("X2")
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart", "phi3"])
 def test_adapter_of_a_model_in_memory_comes_back_bit_for_bit(family: str, tmp_path: Path) -> None:
     model = _tuned(_from_memory(family), layers="last:2")
@@ -131,6 +133,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
 }
 
 
+@case("X4")
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
 def test_tensors_that_do_not_fit_are_refused(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str, tmp_path: Path
@@ -148,6 +151,7 @@ def test_tensors_that_do_not_fit_are_refused(
     ticktune.load_adapter(model, tmp_path / "adapter")
 
 
+@case("X5")
 @pytest.mark.parametrize("file", [TENSORS, FACTS, "README.md", MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_folder_is_refused(file: str, damage: str, tmp_path: Path) -> None:

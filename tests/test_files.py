@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.catalogue import case
 from ticktune import files
 from ticktune.errors import CheckpointError, OutputError, RecipeError, ResourceError
 
@@ -147,6 +148,7 @@ def test_a_manifest_has_size_and_sha256_of_every_file(tmp_path: Path) -> None:
     }
 
 
+@case("X8")
 def test_files_of_a_new_directory_are_readable_as_the_umask_says(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -184,6 +186,60 @@ def test_a_replacement_that_fails_keeps_the_old_directory(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="stopped"):
         fail()
     files.verify_directory(whole)
+
+
+def test_a_directory_that_another_process_makes_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def late() -> None:
+        with files.new_directory(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/mine").write_text("x")
+
+    with pytest.raises(OutputError, match="it exists already"):
+        late()
+    assert names(tmp_path / "out") == ["mine"]
+    assert names(tmp_path) == ["out"]
+
+
+@case("X3")
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_directory_that_cannot_be_put_in_place_leaves_the_old_one(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = folder_with_manifest(tmp_path)
+    rename, calls = os.rename, 0
+
+    def fail(old: Path, new: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the old one is aside, the new one is not there yet
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(old, new)
+
+    def exchange(one: Path, other: Path) -> bool:
+        if can_exchange:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return False
+
+    monkeypatch.setattr(os, "rename", fail)
+    monkeypatch.setattr(files, "_exchange", exchange)
+    with pytest.raises(ResourceError, match="the disk is full"), files.new_directory(whole, replace=True):
+        pass
+    files.verify_directory(whole)
+    assert (whole / "a.txt").read_text() == "one"
+    assert names(tmp_path) == ["whole"]
+
+
+@case("X3")
+def test_what_a_killed_process_left_of_a_directory_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    others = [".tmp-out-mine", ".tmp-other-0123456789ab", ".tmp-out-0123456789ab0"]
+    for name in (".tmp-out-0123456789ab", ".tmp-out-ba9876543210", *others):
+        (tmp_path / name).mkdir()
+    with files._held(tmp_path / ".tmp-out-ba9876543210"):  # of a process that lives
+        with files.new_directory(tmp_path / "out"):
+            pass
+        assert names(tmp_path) == sorted([".tmp-out-ba9876543210", *others, "out"])
+        files.remove_leftovers(tmp_path)
+        assert names(tmp_path) == [".tmp-out-ba9876543210", "out"]
 
 
 def test_a_whole_directory_verifies(tmp_path: Path) -> None:
@@ -246,6 +302,7 @@ with lock(Path(sys.argv[1])):
 """
 
 
+@case("C8", "C9")
 def test_a_lock_keeps_another_process_out_and_names_its_holder(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

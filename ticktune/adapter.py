@@ -150,6 +150,7 @@ def read_facts(directory: Path) -> AdapterFacts:
         raise CheckpointError(
             f"the adapter has the format {entries.get('format')}, this version reads {FORMAT}",
             where=str(directory),
+            fix="use the version of ticktune that wrote it (adapter.json names it)",
         )
     return parse_facts(entries, str(directory / FACTS))
 

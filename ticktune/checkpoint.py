@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ticktune.console import Console
 from ticktune.errors import CheckpointError, PatchError
-from ticktune.files import load_weights, new_directory, read_json, verify_directory, write_json
+from ticktune.files import load_weights, new_directory, read_json, remove_directory, verify_directory, write_json
 from ticktune.patch.attach import adapter_parameters, adapter_state, load_adapter_state
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
+_DAMAGED = "damaged-"
 
 
 @dataclass
@@ -81,12 +82,11 @@ def save_checkpoint(
                 "format": FORMAT,
                 "progress": asdict(progress),
                 "scaler": scaler.state_dict(),
-                "threads": torch.get_num_threads(),
             },
         )
     verify_directory(target)
     for old in find_checkpoints(directory)[keep:]:
-        _remove(old)
+        remove_directory(old)
     return target
 
 
@@ -107,16 +107,16 @@ def newest_valid(directory: Path) -> Path | None:
         try:
             verify_directory(path)
         except CheckpointError as error:
-            aside = path.with_name(f"damaged-{path.name}")
+            aside = path.with_name(f"{_DAMAGED}{path.name}")
             number = 1
             while aside.exists():
                 number += 1
-                aside = path.with_name(f"damaged-{path.name}-{number}")
+                aside = path.with_name(f"{_DAMAGED}{path.name}-{number}")
             path.rename(aside)
             Console().warn(f"{error}; put aside as {aside.name}, an older checkpoint is used")
             continue
         return path
-    if found:
+    if found or any(directory.glob(f"{_DAMAGED}*")):
         raise CheckpointError(
             "all checkpoints are damaged",
             where=str(directory),
@@ -141,6 +141,7 @@ def restore_checkpoint(
         raise CheckpointError(
             f"the checkpoint has the format {state.get('format')}, this version reads {FORMAT}",
             where=str(path),
+            fix="use the version of ticktune that wrote it (run.json names it), or start again with --restart",
         )
     try:
         load_adapter_state(model, load_weights(path / "adapter.safetensors"))
@@ -149,11 +150,6 @@ def restore_checkpoint(
     _restore_optimizer(path, model, optimizer, load_weights(path / "optimizer.safetensors"))
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    if state["threads"] != torch.get_num_threads():
-        Console().warn(
-            f"the checkpoint was made with {state['threads']} threads, now there are {torch.get_num_threads()}: "
-            "the result will not be bitwise the same"
-        )
     best = path / "best.safetensors"
     return Progress(**state["progress"]), load_weights(best) if best.exists() else None
 
@@ -181,9 +177,3 @@ def _restore_optimizer(
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-
-
-def _remove(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TextIO
 
-from ticktune.errors import ReaderGone, TicktuneError
+from ticktune.errors import ReaderGone, ResourceError, TicktuneError
 from ticktune.files import finite
 
 # C0 and C1 controls and the bidirectional overrides: a terminal would obey them.
@@ -227,6 +227,14 @@ def _write(stream: TextIO, text: str) -> None:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
     except BrokenPipeError:
-        # What is still buffered must not fail again when the process ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _silence(stream)
         raise ReaderGone("the reader of the output is gone") from None
+    except OSError as error:
+        _silence(stream)
+        if stream is not sys.stderr:  # on stderr, a closed terminal or a full disk costs messages, not the work
+            raise ResourceError(f"it cannot be written: {error.strerror}", where="standard output") from error
+
+
+def _silence(stream: TextIO) -> None:
+    """Sends a stream nowhere: what is still buffered must not fail again when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, verified directories, locks."""
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from ticktune.errors import CheckpointError, OutputError, RecipeError, ResourceError, first_line
 
@@ -226,12 +227,12 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Yields a temporary directory beside ``target``. When the block ends without an error, every file in it
     is flushed to disk, a manifest with the sizes and SHA-256 of all files is written last, and the
-    directory is renamed to ``target``. On an error it is removed.
+    directory is renamed to ``target``. On an error it is removed; what a killed process left of the same
+    ``target`` is removed at the beginning.
 
     Args:
         target: Where the directory shall stand.
-        replace: Put an existing ``target`` aside first and remove it after the rename; only a folder that this
-            function wrote.
+        replace: Exchange it with an existing ``target`` and remove that; only a folder that this function wrote.
 
     Raises:
         OutputError: ``target`` exists, and ``replace`` is false or it is not a folder of ours.
@@ -246,12 +247,15 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 where=str(target),
                 fix="choose another place, or remove it yourself",
             )
-    temporary = target.parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
+    temporary = target.parent / f"{_TEMPORARY}{target.name[:40]}-{secrets.token_hex(6)}"
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(target.parent)
+        for left in target.parent.glob(f"{_TEMPORARY}*"):
+            if re.fullmatch(rf"{re.escape(_TEMPORARY + target.name[:40])}-[0-9a-f]{{12}}", left.name):
+                _remove_leftover(left)
         temporary.mkdir()
     try:
-        with writing(target):
+        with writing(target), _held(temporary):
             yield temporary
             files = sorted(p for p in temporary.rglob("*") if p.is_file())
             mode = 0o666 & ~_umask()
@@ -266,17 +270,60 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             _fsync_file(temporary / MANIFEST)
+            for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
+                _fsync_directory(folder)
             _fsync_directory(temporary)
-            old = None
-            if target.exists():
-                old = target.parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
-                os.rename(target, old)
-            os.rename(temporary, target)
+            _put(temporary, target, replace)
             _fsync_directory(target.parent)
-            if old is not None:
-                shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(new: Path, target: Path, replace: bool) -> None:
+    """Renames a directory to ``target``; one that is replaced there has the name ``new`` then, or is removed."""
+    if not replace or not target.exists():
+        try:
+            os.rename(new, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made by another process since we looked
+                raise OutputError("it exists already", where=str(target)) from error
+            raise
+    elif not _exchange(new, target):
+        # Killed between these two renames, the old directory is whole under its other name, which nothing removes.
+        old = target.with_name(f".old-{target.name[:40]}-{secrets.token_hex(6)}")
+        os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps the names of two directories in one step; false where the system or its file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a directory so that a process that is killed meanwhile leaves all of it, or nothing of this name.
+
+    Raises:
+        ResourceError: It cannot be removed.
+    """
+    aside = directory.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}")
+    with writing(directory):
+        os.rename(directory, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def verify_directory(directory: Path) -> None:
@@ -304,10 +351,33 @@ def verify_directory(directory: Path) -> None:
 def remove_leftovers(directory: Path) -> None:
     """Removes the temporary files and directories that a killed process of ours left behind."""
     for path in directory.glob(f"{_TEMPORARY}*"):
-        if path.is_dir() and not path.is_symlink():
+        _remove_leftover(path)
+
+
+def _remove_leftover(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    with _held(path) as is_free:
+        if is_free:  # else a process that lives is writing it, or nobody can say
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Marks a directory as one that a living process is writing; false where that cannot be, or another one does."""
+    import fcntl
+
+    number = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
         else:
-            path.unlink(missing_ok=True)
+            yield True
+    finally:
+        os.close(number)
 
 
 @contextmanager
@@ -332,8 +402,7 @@ def lock(directory: Path) -> Iterator[None]:
                     where=str(path),
                     fix="put the output on a local disk",
                 ) from error
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = _holder(file)
             raise OutputError(
                 f"another process is working in this directory ({holder})",
                 where=str(directory),
@@ -343,6 +412,15 @@ def lock(directory: Path) -> Iterator[None]:
         file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
         file.flush()
         yield
+
+
+def _holder(file: TextIO) -> str:
+    for _ in range(20):  # it takes the lock, and then writes who it is
+        file.seek(0)
+        if text := file.read().strip():
+            return text
+        time.sleep(0.05)
+    return "unknown"
 
 
 def save_picture(picture: Any, path: Path) -> None:
@@ -434,6 +512,14 @@ def _os_error_number(text: str) -> int | None:
 
 def _existing_parent(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _make_directory(path: Path) -> None:
+    """Makes a directory and those above it, each flushed into its parent."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _fsync_directory(path.parent)
 
 
 def _umask() -> int:

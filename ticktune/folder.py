@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -122,9 +123,18 @@ class RunFolder:
                     entries.append(entry)
         return entries
 
-    def trim_metrics(self, step: int) -> None:
-        """Drops the lines of steps after ``step``, which will be done again."""
-        kept = [entry for entry in self.metrics() if entry.get("step", 0) <= step]
+    def trim_metrics(self, step: int, evaluated: Collection[int]) -> None:
+        """Drops the lines of what will be done again: later steps, and evaluations that no state knows of.
+
+        Args:
+            step: Steps done.
+            evaluated: Steps whose evaluation is done.
+        """
+        kept = [
+            entry
+            for entry in self.metrics()
+            if entry.get("step", 0) <= step and ("split" not in entry or entry.get("step") in evaluated)
+        ]
         if self.metrics_path.exists():
             write_text(self.metrics_path, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
 

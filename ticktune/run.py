@@ -37,6 +37,7 @@ from ticktune.files import (
     check_writable,
     lock,
     new_directory,
+    remove_directory,
     remove_leftovers,
     save_picture,
     sha256_file,
@@ -123,7 +124,7 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
 
     if restart:  # not before: a bad row must not cost the run that it would have replaced
         _forget(run)
-    begin(prepared, model, run)
+    begin(prepared, model, run, console)
     Session(prepared, model, run, console, signals).go()
 
 
@@ -430,7 +431,12 @@ def _refuse_changed_recipe(run: RunFolder, loaded: LoadedRecipe) -> None:
     if before is None:
         return
     now = recipe_identity(loaded, run)
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    keys = sorted(
+        key
+        for key in before.keys() | now.keys()
+        # A key that the version which began the run did not know yet had the effect of its default.
+        if before.get(key) != now.get(key) and (key in before or loaded.says(key))
+    )
     if keys:
         changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
         raise OutputError(
@@ -441,16 +447,17 @@ def _refuse_changed_recipe(run: RunFolder, loaded: LoadedRecipe) -> None:
 
 
 def _forget(run: RunFolder) -> None:
-    import shutil
-
-    if run.record_path.exists():
-        write_json(run.record_path, {"status": "restarted"})
-    for path in (run.checkpoints, run.adapter, run.metrics_path, run.report_path, run.recipe_path, run.record_path):
-        with writing(path):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)  # of a link, the link alone
+    """Removes a run, checkpoints first: if this is cut off, no other recipe goes on from them."""
+    for folder in (run.checkpoints, run.adapter):
+        if folder.is_dir() and not folder.is_symlink():
+            remove_directory(folder)
+        else:
+            with writing(folder):
+                folder.unlink(missing_ok=True)  # of a link, the link alone
+    write_json(run.record_path, {"status": "restarted"})  # it stays: without a record this would be no run's folder
+    for file in (run.metrics_path, run.report_path, run.recipe_path):
+        with writing(file):
+            file.unlink(missing_ok=True)
 
 
 def _warn_changed_rows(used: Loaded, rows: Rows, name: str, console: Console) -> None:

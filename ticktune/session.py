@@ -19,7 +19,7 @@ from ticktune.data.batches import epoch_batches, micro_batches
 from ticktune.device import Compute, describe, mix
 from ticktune.errors import Interrupted, OutputError, ResourceError
 from ticktune.evaluate import is_better, score
-from ticktune.files import append_line, sha256_json, write_text
+from ticktune.files import append_line, finite, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
 from ticktune.prepare import Prepared
@@ -34,13 +34,14 @@ from ticktune.train.steps import StepReport, train_steps
 from ticktune.versions import versions
 
 
-def begin(prepared: Prepared, model: nn.Module, run: RunFolder) -> None:
-    """Records what a run starts from, or refuses to go on from something else.
+def begin(prepared: Prepared, model: nn.Module, run: RunFolder, console: Console) -> None:
+    """Records what a run starts from, or refuses to go on from something else; another machine is said and recorded.
 
     Args:
         prepared: Rows, task and base.
         model: With ticks.
         run: The run's folder, new or interrupted.
+        console: Where to print.
 
     Raises:
         OutputError: Base, tokenizer or rows changed since the run began.
@@ -58,6 +59,7 @@ def begin(prepared: Prepared, model: nn.Module, run: RunFolder) -> None:
                 where=str(run.path),
                 fix="choose another output, or start over with --restart",
             )
+        _say_other_machine(run, machine(prepared), console)
     if not run.recipe_path.exists():
         run.write_recipe(prepared.loaded)
 
@@ -141,7 +143,7 @@ class Session:
         if newest is not None:
             self.progress, self.best = checkpoint.restore_checkpoint(newest, self.model, self.optimizer, self.scaler)
             self.console.note(f"{self.run.path}: going on after step {self.progress.step} of {self.plan.total}")
-        self.run.trim_metrics(self.progress.step)
+        self.run.trim_metrics(self.progress.step, {entry["step"] for entry in self.progress.history})
         self.run.update(status="running")
         try:
             with _memory_named(self.recipe):
@@ -305,22 +307,23 @@ class Session:
             "versions": versions(),
         }
         write_adapter(self.run.adapter, tensors, facts, adapter_card(asdict(facts)))
-        self.run.update(
-            status="complete",
-            finished_at=now(),
-            steps=progress.step,
-            chosen_step=step,
-            metric=self.metric,
-            metrics=metrics,
-            base_metrics=history[0]["metrics"] if history else {},
-            history=history,
-            skipped_steps=progress.skipped,
-            training_seconds=round(progress.seconds, 3),
-            rows_per_second=round(progress.rows / max(progress.seconds, 1e-9), 2),
-        )
+        entries = {
+            "status": "complete",
+            "finished_at": now(),
+            "steps": progress.step,
+            "chosen_step": step,
+            "metric": self.metric,
+            "metrics": metrics,
+            "base_metrics": history[0]["metrics"] if history else {},
+            "history": history,
+            "skipped_steps": progress.skipped,
+            "training_seconds": round(progress.seconds, 3),
+            "rows_per_second": round(progress.rows / max(progress.seconds, 1e-9), 2),
+        }
         recipe_text = self.run.recipe_path.read_text(encoding="utf-8")
-        page = report_page(self.run.record(), self.run.metrics(), recipe_text)
+        page = report_page(finite(self.run.record() | entries), self.run.metrics(), recipe_text)
         write_text(self.run.report_path, page)
+        self.run.update(**entries)  # last: a run that says complete has all its files
 
 
 def _hashes(prepared: Prepared, model: nn.Module) -> dict[str, Any]:
@@ -355,9 +358,30 @@ def _first_record(prepared: Prepared, model: nn.Module, run: RunFolder, hashes: 
         "rows": {name: len(rows) for name, rows in prepared.rows.items()},
         "trained_parameters": trained,
         "base_parameters": total - trained,
-        "compute": describe(prepared.compute) | {"base_dtype": prepared.dtype},
-        "versions": versions(),
+        **machine(prepared),
     }
+
+
+def machine(prepared: Prepared) -> dict[str, Any]:
+    """What a result depends on besides recipe, base and rows."""
+    return {"compute": describe(prepared.compute) | {"base_dtype": prepared.dtype}, "versions": versions()}
+
+
+def _say_other_machine(run: RunFolder, here: dict[str, Any], console: Console) -> None:
+    if not checkpoint.find_checkpoints(run.checkpoints):
+        run.update(**here)  # it begins only now
+        return
+    record = run.record()
+    before = record.get("continued", [record])[-1]
+    changes = sorted(
+        f"{name} {old.get(name)} -> {new.get(name)}"
+        for old, new in ((before[part], here[part]) for part in here)
+        for name in old.keys() | new.keys()
+        if old.get(name) != new.get(name)
+    )
+    if changes:
+        console.warn(f"the run goes on with {', '.join(changes)}: the result need not be bitwise the same")
+        run.update(continued=[*record.get("continued", []), {"at": now(), **here}])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.support import classification
+from tests.reliability.catalogue import case
 from ticktune.cli import entry
 
 
@@ -196,6 +197,7 @@ def test_5_loss_that_is_not_finite(recipe: Path, capsys: pytest.CaptureFixture[s
     assert not (recipe.parent / "runs/tiny/adapter").exists()
 
 
+@case("X5")
 def test_6_damaged_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "adapter/adapter.safetensors"
     data = bytearray(path.read_bytes())
@@ -226,11 +228,13 @@ def test_6_architecture_that_cannot_merge(
     assert not (tmp_path / "runs/bloom/merged").exists()
 
 
+@case("C7")
 def test_7_changed_recipe(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = run.parent.parent / "recipe.yaml"
     expect(7, ["train", recipe, "ticks.dim=4"], capsys, "ticks.dim: 8 -> 4", "--restart")
 
 
+@case("C8")
 def test_7_busy_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import fcntl
 
@@ -240,6 +244,7 @@ def test_7_busy_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         expect(7, ["train", recipe], capsys, "another process")
 
 
+@case("C13")
 def test_7_foreign_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = recipe.parent / "runs/tiny/thesis.tex"
     other.parent.mkdir(parents=True)
@@ -248,6 +253,7 @@ def test_7_foreign_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert other.read_text() == "mine"
 
 
+@case("C10")
 def test_7_changed_rows_of_an_interrupted_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run.parent.parent
     record = json.loads((run / "run.json").read_text())
@@ -257,26 +263,10 @@ def test_7_changed_rows_of_an_interrupted_run(run: Path, capsys: pytest.CaptureF
     expect(7, ["train", folder / "recipe.yaml"], capsys, "data.train changed")
 
 
+@case("C16")
 def test_8_output_that_cannot_be_written(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (recipe.parent / "file").write_text("")
     expect(8, ["train", recipe, "output=file/run"], capsys, "error[resources]", "cannot write here")
-
-
-def test_8_disk_full_while_saving(recipe: Path) -> None:
-    # The limit on a file's size stands for a full disk: the optimizer's state does not fit.
-    script = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (16000, 16000));"
-        f"from ticktune.cli import entry; sys.exit(entry(['train', {str(recipe)!r}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=recipe.parent, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 8, done.stderr
-    assert "the disk is full" in done.stderr
-    run = recipe.parent / "runs/tiny"
-    assert not [p for p in run.rglob("*") if ".tmp-" in p.name]
-    assert entry(["train", str(recipe)]) == 0
 
 
 def test_9_minimum_missed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import Run
 from tests.end_to_end.support import classification, write_rows
 from tests.launch import Launched
+from tests.reliability.catalogue import case
 from ticktune.cli import entry
 
 
@@ -52,6 +53,7 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> str:
     return error
 
 
+@case("C4", "C19")
 def test_a_stop_in_an_evaluation_loses_no_evaluation(tmp_path: Path, tiny_bert: Path, ticktune: Run) -> None:
     recipe = classification(tmp_path, tiny_bert, training={"epochs": 2}, logging={"every": 1})
     write_rows(tmp_path, "validation.jsonl", 6000, 2)
@@ -75,6 +77,7 @@ def test_a_stop_in_an_evaluation_loses_no_evaluation(tmp_path: Path, tiny_bert: 
         assert files[0] == files[1]
 
 
+@case("C19")
 def test_a_run_that_stopped_early_stays_stopped(run: Path, tiny_bert: Path) -> None:
     words = ["train", "recipe.yaml", "output=early", "evaluation.every=1", "evaluation.patience=2", "optimizer.lr=1e-9"]
     words += ["optimizer.norm_lr=1e-9", "optimizer.head_lr=1e-9"]
@@ -88,6 +91,7 @@ def test_a_run_that_stopped_early_stays_stopped(run: Path, tiny_bert: Path) -> N
     assert Path("early/adapter/adapter.safetensors").read_bytes() == adapter
 
 
+@case("C13")
 @pytest.mark.parametrize("place", ["runs/tiny", "runs", ".", "mine"])
 def test_force_replaces_only_what_ticktune_wrote(run: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine").mkdir()
@@ -98,6 +102,7 @@ def test_force_replaces_only_what_ticktune_wrote(run: Path, place: str, capsys: 
     assert sorted(str(p) for p in Path().rglob("*")) == before
 
 
+@case("C13")
 def test_force_touches_no_file_and_no_link(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").write_text("precious")
     Path("real").mkdir()
@@ -165,6 +170,7 @@ def test_restart_forgets_checkpoints_behind_a_link(run: Path, capsys: pytest.Cap
     assert list(Path("elsewhere").iterdir())
 
 
+@case("C13")
 def test_a_restart_with_a_bad_row_costs_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = Path("train.jsonl").read_text()
     Path("train.jsonl").write_text(good + "{}\n")

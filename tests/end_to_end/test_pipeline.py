@@ -11,6 +11,7 @@ import pytest
 import ticktune as ticktune_package
 from tests.conftest import Run
 from tests.end_to_end.support import classification
+from tests.reliability.catalogue import case
 
 PIPELINE = "from transformers import pipeline; import sys, json; p = pipeline('text-classification', sys.argv[1]); "
 PIPELINE += "print(json.dumps(p(sys.argv[2]))); assert 'ticktune' not in sys.modules"
@@ -72,6 +73,7 @@ def test_a_run_folder_holds_what_is_documented(trained: Path) -> None:
     assert evaluations == [0, 12, 24, 36]
 
 
+@case("X1")
 def test_the_merged_folder_is_equal_and_says_so(trained: Path) -> None:
     found = json.loads((trained / "export.json").read_text())["verification"]
     assert found["max_difference"] <= found["tolerance"]
@@ -80,6 +82,7 @@ def test_the_merged_folder_is_equal_and_says_so(trained: Path) -> None:
     assert found["rows"] == 50
 
 
+@case("X1", "X11")
 def test_plain_transformers_opens_the_merged_folder(trained: Path, ticktune: Run) -> None:
     text = "w1 w2 w31 w3"
     done = subprocess.run(
@@ -95,6 +98,7 @@ def test_plain_transformers_opens_the_merged_folder(trained: Path, ticktune: Run
     assert stock["score"] == pytest.approx(ours["probability"], abs=1e-5)
 
 
+@case("X1")
 def test_adapter_run_and_merged_folder_have_the_same_metrics(trained: Path, ticktune: Run) -> None:
     documents = [
         json.loads(ticktune("eval", target, cwd=trained).stdout)
@@ -131,6 +135,7 @@ def test_the_same_export_again_says_so_and_another_is_refused(trained: Path, tic
     assert "--force" in other.stderr
 
 
+@case("X1")
 def test_a_cast_export_reports_its_drift(trained: Path, ticktune: Run, tmp_path: Path) -> None:
     done = ticktune("export", "runs/tiny", "--merge", "--dtype", "bfloat16", "-o", tmp_path / "half", cwd=trained)
     document = json.loads(done.stdout)
@@ -158,6 +163,7 @@ def test_the_adapter_can_be_copied_out_and_used_with_a_base_and_data(
     assert json.loads(done.stdout)["metrics"]["accuracy"] >= 0.7, done.stderr
 
 
+@case("C12")
 def test_training_again_says_that_it_is_complete_and_touches_nothing(trained: Path, ticktune: Run) -> None:
     run = trained / "runs/tiny"
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -169,6 +175,7 @@ def test_training_again_says_that_it_is_complete_and_touches_nothing(trained: Pa
     assert before == after
 
 
+@case("X11")
 def test_no_file_of_a_run_names_the_home_folder(trained: Path) -> None:
     home = str(Path.home()).encode()
     for path in (trained / "runs/tiny").rglob("*"):

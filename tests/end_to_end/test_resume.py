@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import Run
 from tests.end_to_end.support import classification
 from tests.launch import Launched
+from tests.reliability.catalogue import case
 
 _FILES = ("adapter.safetensors",)
 
@@ -61,6 +62,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert plain[0] == plain[1]
 
 
+@case("C3", "C4")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_weights(
     number: signal.Signals, code: int, recipe: Path, uninterrupted: Path, tmp_path: Path, ticktune: Run
@@ -79,6 +81,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_weights(
     assert_same(tmp_path / "runs/tiny", uninterrupted)
 
 
+@case("C1")
 def test_killed_several_times_and_resumed_gives_the_same_weights(
     recipe: Path, uninterrupted: Path, tmp_path: Path, ticktune: Run
 ) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tests.models as models
+from tests.reliability.catalogue import case
 from ticktune.adapter import describe_adapter
 from ticktune.errors import ExportError, OutputError
 from ticktune.export import verify
@@ -136,6 +137,7 @@ def _compare(case: Case, dtype: str, tolerance: float) -> verify.Verification:
     return compare(*lists, [None], _decide, tolerance=tolerance)
 
 
+@case("X1")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 @pytest.mark.parametrize("family", list(TABLE))
 def test_merged_folder_equals_adapter_in_a_fresh_process(
@@ -385,6 +387,7 @@ def test_folder_that_fails_the_comparison_does_not_appear(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@case("X10")
 def test_tensors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     parts = _parts()
     parts.tensors["encoder.1.ffn.Q"][0, 0] = math.nan
@@ -393,6 +396,7 @@ def test_tensors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@case("X10")
 def test_cast_that_overflows_is_refused(tmp_path: Path) -> None:
     parts = _parts()
     parts.tensors["head.classifier.bias"][0] += 1e6  # beyond float16

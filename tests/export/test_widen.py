@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tests.models as models
+from tests.reliability.catalogue import case
 from tests.training import bits
 from ticktune.errors import ExportError
 from ticktune.export.widen import merge_obstacle, widen
@@ -85,6 +86,7 @@ def _is_slice(small: Tensor, large: Tensor) -> bool:
     return bits(parts) == bits(small)
 
 
+@case("X1")
 @pytest.mark.parametrize("family", MERGING)
 def test_merged_equals_adapter_in_fp64(family: str) -> None:
     sizes = find_layout(models.families()[family]()).sizes

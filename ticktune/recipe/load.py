@@ -109,6 +109,15 @@ class LoadedRecipe:
         """``file:line:column key`` of a dotted key."""
         return self.tree.where(tuple(key.split(".")))
 
+    def says(self, key: str) -> bool:
+        """Whether a dotted key stands in the recipe or on the command line, rather than having its default."""
+        values: Any = self.tree.values
+        for part in key.split("."):
+            if not isinstance(values, dict) or part not in values:
+                return False
+            values = values[part]
+        return True
+
 
 def dotted(path: Iterable[str | int]) -> str:
     """``data.train.path`` or ``ticks.layers[2]``."""
