@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ticktune.device import DTYPES
+from ticktune.device import DTYPES, is_out_of_memory
 from ticktune.diagnosis import class_of, config_problem, model_problem
-from ticktune.errors import BaseModelError, Problem, first_line
+from ticktune.errors import BaseModelError, Problem, ResourceError, first_line
 from ticktune.files import input_path, sha256_json
 from ticktune.quantize import check_package, is_coded, plain_parts
 from ticktune.versions import require
@@ -182,6 +182,13 @@ def load_tokenizer(base: BaseFiles) -> Any:
     return tokenizer
 
 
+def padded_with(processor: Any) -> str | None:
+    """Returns the token that a tokenizer pads with though it has no pad token of its own, else None."""
+    if "pad_token" not in getattr(processor, "init_kwargs", {"pad_token": ""}):
+        return str(processor.pad_token)
+    return None
+
+
 def load_processor(base: BaseFiles, kind: Literal["tokenizer", "image", "audio", "speech"]) -> Any:
     """Returns what makes a model's inputs: a tokenizer, an image processor or a feature extractor.
 
@@ -278,6 +285,7 @@ def load_model(
     Raises:
         BaseModelError: It cannot be loaded, has tensors without a place, or holds a value that is not finite.
         RecipeError: It is quantised by a package that is missing.
+        ResourceError: It does not fit into memory.
     """
     import transformers
 
@@ -301,6 +309,12 @@ def load_model(
             **(loading or {}),
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError(
+                "out of memory while the base was loaded",
+                where=f"base.model {base.name}",
+                fix="choose a smaller base, or set base.dtype: bfloat16 or base.quantize: int8",
+            ) from error
         # transformers 5.23 finds the codes of such files by their full names, so a body's file fits no class with a
         # head; what it says then names neither.
         fix = "such files open only under the class that saved them" if method == "torchao" else ""
@@ -317,7 +331,11 @@ def load_model(
     for name, parameter in model.named_parameters():
         for part in plain_parts(parameter):
             if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
-                raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
+                raise BaseModelError(
+                    f"the tensor {name} holds NaN or infinity",
+                    where=f"base.model {base.name}",
+                    fix="get the weights anew from where the model came from",
+                )
     if dtype == "float64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels take no float64
     mismatched = [entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]]

@@ -52,7 +52,9 @@ from ticktune.prepare import (
     load_target,
     load_trainable,
     prepare,
+    say_bad_rows,
     say_report,
+    usable_rows,
 )
 from ticktune.quantize import MERGE_WAY_OUT
 from ticktune.quantize import merge_obstacle as quantized_obstacle
@@ -197,9 +199,10 @@ def evaluate(
             where = "--min" if at_least else "--max"
             raise UsageError(f"there is no metric {metric} here", where=where, fix=f"one of: {', '.join(known)}")
     _warn_changed_rows(used, rows, name, console)
-    used.task.check(rows.records(), rows.where)
+    rows = usable_rows(used.task, rows)
+    say_bad_rows(rows, name, console)
     examples = encode(used.task, rows, used.processor_files)
-    say_report(examples, name, used.task.limit(), console)
+    say_report(examples, name, used.task, console)
     metrics = score(used.model, used.task, examples, used.compute, _PREDICT_BATCH)
     scored = len(rows) - len(examples.report.unsupervised)
     console.result(

@@ -266,8 +266,8 @@ GOOD = '{"text": "a", "label": 1}\n'
             "a.jsonl",
             GOOD + '{"text": "b", "label": "y"}\n',
             Problem(
-                "the column label has values of several kinds: 1 here, 'y' in line 2",
-                "a.jsonl:1",
+                "the column label has values of several kinds: 'y' here, 1 in line 1",
+                "a.jsonl:2",
                 "write all of them in one way",
             ),
         ),
@@ -275,8 +275,8 @@ GOOD = '{"text": "a", "label": 1}\n'
             "a.jsonl",
             '{"text": "a", "label": ["x"]}\n{"text": "b", "label": ["y", 1]}\n',
             Problem(
-                "the column label has values of several kinds: ['x'] here, ['y', 1] in line 2",
-                "a.jsonl:1",
+                "the column label has values of several kinds: ['y', 1] here, ['x'] in line 1",
+                "a.jsonl:2",
                 "write all of them in one way",
             ),
         ),

@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 
 from tests.models import word_tokenizer
-from ticktune.errors import DataError, RecipeError
+from ticktune.errors import BaseModelError, DataError, RecipeError
 from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.task import IGNORED, EncodingReport, Example, Row, TaskOptions, build_task, restore_task
 
@@ -240,7 +240,7 @@ def build(tokenizer: Any, columns: tuple[str, ...] = ("text",), max_length: int 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match="the tokenizer has no end-of-text token"):
+    with pytest.raises(BaseModelError, match="its tokenizer has no end-of-text token"):
         build(tokenizer)
 
 

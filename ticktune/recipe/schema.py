@@ -275,11 +275,20 @@ class Data(Section):
     """Rows that choose the best checkpoint."""
     test: AnySource | None = None
     """Rows that only `eval` looks at."""
+    allow_training_rows: bool = False
+    """Whether validation and test may be the training rows themselves, as to see whether these can be learned at
+    all."""
     columns: dict[str, Text] = {}
     """What the task calls a column: what the file calls it, or a template such as `{question}\\n{answer}`."""
     separator: Annotated[str, BeforeValidator(_plain_text), Field(min_length=1)] | None = None
     """What stands between the labels of a row that has several in one cell, such as `|`; an empty cell is a row without
     any."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What a row does that cannot be used: a broken line, a column that is missing, empty or of another kind, or what
+    the task refuses. fail: nothing starts. skip: it is left out, counted and said; a file that is no text, or a whole
+    column that is not there, is an error all the same."""
+    max_bad_rows: Count = 100
+    """With `on_bad_row: skip`: the most rows of a split that may be left out; one more is an error."""
     max_length: Annotated[int, Field(ge=2, le=2**20)] = 128
     """Longest example, in tokens; longer ones are cut, and counted."""
     max_seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 30.0
@@ -330,7 +339,8 @@ class Schedule(Section):
     """The learning rate over the run, in closed form."""
 
     name: Literal["linear", "cosine", "constant"] = "linear"
-    """What follows the warm-up: a decay towards zero, or a constant rate."""
+    """What follows the warm-up: a decay towards zero, or a constant rate. The last step's rate is not zero: of N steps
+    after the warm-up, that of linear is 1/N of the peak, that of cosine about 2.5/N²."""
     warmup: Ratio = 0.06
     """Share of the steps over which the learning rate rises to its peak."""
 
