@@ -491,13 +491,17 @@ def weight_files(base: BaseFiles) -> list[Path]:
     """
     index = base.directory / "model.safetensors.index.json"
     if index.exists():
-        return [base.directory / name for name in _indexed_names(index)]
+        return [base.directory / name for name in sorted(set(_index(index).values()))]
     return [base.directory / "model.safetensors"]
 
 
-def _indexed_names(index: Path) -> list[str]:
+def _index(index: Path) -> dict[str, str]:
+    """Tensor -> the file that holds it."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(name, str) for name in found.values()):
+            raise TypeError("a file is no name")
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BaseModelError(
             "the index of the weights is damaged",
@@ -600,14 +604,18 @@ def _check_files(name: str, directory: Path) -> None:
     where = f"base.model {name}"
     _check_config(name, directory)
     index = directory / "model.safetensors.index.json"
+    tensors: dict[str, str] = {}
+    fix = "get the files anew from where the model came from"
     if index.exists():
-        names = _indexed_names(index)
-        outside = [n for n in names if Path(n).name != n]
-        missing = [n for n in names if n not in outside and not (directory / n).is_file()]
+        tensors = _index(index)
+        first = {file: tensor for tensor, file in reversed(tensors.items())}
+        outside = [n for n in sorted(first) if Path(n).name != n]
+        missing = [n for n in sorted(first) if n not in outside and not (directory / n).is_file()]
         if outside or missing:
-            raise BaseModelError(
-                [Problem(f"the index names {n}, which is not in the folder", where) for n in (*outside, *missing)]
-            )
+            raise BaseModelError([
+                Problem(f"the index names {n}, for {first[n]}, which is not in the folder", where, fix)
+                for n in (*outside, *missing)
+            ])  # fmt: skip
     elif not (directory / "model.safetensors").is_file():
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
         if pickles:
@@ -618,7 +626,12 @@ def _check_files(name: str, directory: Path) -> None:
             )
         raise BaseModelError("the directory has no model.safetensors", where=where)
     for file in weight_files(BaseFiles(name, directory)):
-        read_header(file)
+        header = read_header(file)
+        absent = [tensor for tensor, holder in tensors.items() if holder == file.name and tensor not in header]
+        if absent:
+            raise BaseModelError(
+                f"the index puts {absent[0]} into this file, which does not hold it", where=str(file), fix=fix
+            )
 
 
 def _read_config(base: BaseFiles) -> dict[str, Any]:
