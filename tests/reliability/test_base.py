@@ -108,7 +108,7 @@ def _missing(base: Path) -> str:
 
 def _cut(base: Path) -> str:
     (base / SECOND).write_bytes((base / SECOND).read_bytes()[:-1])
-    return f"{SECOND}: the weights are damaged: the file is not as long as its header says"
+    return "the weights are damaged: the file is not as long as its header says"
 
 
 def _absent(base: Path) -> str:
@@ -116,7 +116,7 @@ def _absent(base: Path) -> str:
     index = json.loads(path.read_text())
     index["weight_map"]["encoder.layer.9.output.dense.bias"] = SECOND
     path.write_text(json.dumps(index))
-    return f"{SECOND}: the index puts encoder.layer.9.output.dense.bias into this file"
+    return "the index puts encoder.layer.9.output.dense.bias into this file"
 
 
 def _swapped(base: Path) -> str:
@@ -137,7 +137,7 @@ def test_shards_that_do_not_fit(tmp_path: Path, tiny_bert: Path, ticktune: Run) 
         copy = tmp_path / damage.__name__
         shutil.copytree(whole, copy)
         said = damage(copy)
-        refused(ticktune("train", recipe, f"base.model={copy}", cwd=tmp_path), 3, said)
+        refused(ticktune("train", recipe, f"base.model={copy}", cwd=tmp_path), 3, said, SECOND)
     assert not (tmp_path / "run/run.json").exists()
     done_well(ticktune("train", recipe, cwd=tmp_path))
 
