@@ -136,14 +136,6 @@ def test_a_gradient_that_is_not_finite(tmp_path: Path, tiny_bert: Path, ticktune
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
-@case("N3")
-def test_an_update_that_is_not_finite_is_not_saved(tmp_path: Path, tiny_bert: Path, ticktune: Run) -> None:
-    recipe = classifier(tmp_path, tiny_bert, training={"epochs": None, "steps": 1}, data={"validation": None})
-    done = ticktune("train", recipe, "optimizer.lr=1e38", "optimizer.p_lr_ratio=10", cwd=tmp_path)
-    refused(done, 5, "step 1: ", "holds NaN or infinity after the update, and is not saved", "lower optimizer.lr")
-    assert not list((tmp_path / "run").rglob("*.safetensors"))
-
-
 @case("N4")
 def test_a_precision_that_the_device_cannot_do(tmp_path: Path, tiny_bert: Path, ticktune: Run) -> None:
     recipe = classifier(tmp_path, tiny_bert)
@@ -226,7 +218,7 @@ def test_out_of_memory_names_the_keys_to_change(tmp_path: Path, tiny_bert: Path,
             keys = ("lower training.micro_batch_size", "data.max_length", "or ticks.layers")
             return refused(process.completed(120), 8, "out of memory", "training.batch_size 300", *keys)
 
-    assert "trying the longest rows, 300 at once with a length of up to 55" in limited()
+    assert "trying the longest rows, 300 at once with a length of up to 53" in limited()
     assert not run.joinpath("checkpoints").exists()
     done_well(ticktune("train", recipe, cwd=tmp_path))
     whole = weights(run)
@@ -244,13 +236,13 @@ def test_out_of_memory_names_the_keys_to_change(tmp_path: Path, tiny_bert: Path,
 def test_trying_the_longest_rows_changes_no_weight(
     tmp_path: Path, tiny_bert: Path, ticktune: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ticktune.session
+    from ticktune import session
     from ticktune.cli import entry
 
     recipe = classifier(tmp_path, tiny_bert)
     done_well(ticktune("train", recipe, cwd=tmp_path))
     left_out = []
-    monkeypatch.setattr(ticktune.session, "try_step", lambda *_, **__: left_out.append(1))
+    monkeypatch.setattr(session, "try_step", lambda *_, **__: left_out.append(1))
     monkeypatch.chdir(tmp_path)
     assert entry(["train", str(recipe), "output=without"]) == 0
     assert left_out == [1]
@@ -267,7 +259,7 @@ def test_neither_repeating_nor_evaluating_changes_a_weight(tmp_path: Path, tiny_
     assert logged(tmp_path / "one") == logged(tmp_path / "two")
     histories = [record(tmp_path / name)["history"] for name in changes]
     assert histories[0] == histories[1]
-    assert [len(history) for history in histories] == [3, 3, 7, 1]
+    assert [len(history) for history in histories] == [3, 3, 7, 0]
     done_well(ticktune("train", recipe, "output=other", "training.seed=7", cwd=tmp_path))
     assert weights(tmp_path / "other") != weights(tmp_path / "one")
 
@@ -300,7 +292,8 @@ def test_nothing_to_train(tmp_path: Path, tiny_bert: Path, tiny_llama: Path, tic
     recipe = classifier(tmp_path, tiny_bert)
     nothing = ["ticks.dim=0", "norms.train=none"]
     refused(ticktune("train", recipe, *nothing, "head.train=false", cwd=tmp_path), 2, "nothing would be trained")
-    refused(ticktune("train", recipe, "optimizer.lr=0", cwd=tmp_path), 2, "optimizer.lr", "greater than 0")
+    refused(ticktune("train", recipe, "optimizer.lr=0", cwd=tmp_path), 2, "optimizer.lr", "above 0")
+    refused(ticktune("train", recipe, "optimizer.lr=1e38", cwd=tmp_path), 2, "optimizer.lr", "1e+30")
     recipe = writer(tmp_path, tiny_llama, RAGGED)
     refused(ticktune("train", recipe, *nothing, cwd=tmp_path), 2, "nothing would be trained")
     assert not os.path.exists(tmp_path / "run/adapter")

@@ -37,7 +37,7 @@ Text = Annotated[
     WithJsonSchema({"type": "string", "minLength": 1}),
 ]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]  # more, and steps leave float32
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -313,23 +313,23 @@ class Optimizer(Section):
 
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
-    lr: Positive = 2e-4
+    lr: Rate = 2e-4
     """Peak learning rate of Q, r and U."""
-    p_lr_ratio: Positive = 4.0
+    p_lr_ratio: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = 4.0
     """P learns at lr × p_lr_ratio, with weight_decay and eps divided by it: the same as a forward scale of
     this size on the tick, without one in the artefact."""
-    norm_lr: Positive = 1e-3
+    norm_lr: Rate = 1e-3
     """Peak learning rate of γ′ and β′."""
-    head_lr: Positive = 1e-3
+    head_lr: Rate = 1e-3
     """Peak learning rate of the task head."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.01
     """Decay of Q, U, P and the head's matrices; never of r, γ′, β′ and biases."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
         0.9,
         0.999,
     ]
     """AdamW's averaging coefficients."""
-    eps: Positive = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-8
     """AdamW's denominator term."""
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     """Largest norm of the whole gradient; null = no clipping."""
