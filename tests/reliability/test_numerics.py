@@ -152,7 +152,8 @@ def test_a_precision_that_the_device_cannot_do(tmp_path: Path, tiny_bert: Path, 
 @case("N6")
 def test_tensors_that_never_move_are_named(tmp_path: Path, tiny_bert: Path, ticktune: Run) -> None:
     def deaf(tensors: dict[str, Tensor]) -> None:
-        tensors["encoder.layer.1.output.LayerNorm.weight"].mul_(0)
+        tensors["encoder.layer.1.output.LayerNorm.weight"].fill_(0)
+        tensors["encoder.layer.1.output.LayerNorm.bias"].fill_(0.5)
 
     recipe = classifier(tmp_path, tiny_bert, training={"epochs": None, "steps": 10})
     done = ticktune("train", recipe, cwd=tmp_path)
