@@ -1,7 +1,7 @@
 """Recipe -> rows, task, examples and base: everything that stands before a model is trained or used."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,8 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
 
 def _build(name: str, options: TaskOptions, rows: Rows, processor: Any, base_config: Any) -> tuple[Task, Rows]:
     """The task, and the training rows that it is made from."""
-    bad, numbers = BadRows(rows.max_bad, rows.bad), list(range(len(rows)))
+    bad = BadRows(rows.max_bad, rows.bad)
+    numbers: Sequence[int] = range(len(rows))
     while True:
         chosen = _chosen(rows, numbers)
         try:
@@ -176,7 +177,7 @@ def usable_rows(task: Task, rows: Rows) -> Rows:
         return rows
     bad, kept = BadRows(rows.max_bad, rows.bad), list[int]()
     for start in range(0, len(rows), _CHECKED):
-        numbers = list(range(start, min(start + _CHECKED, len(rows))))
+        numbers: Sequence[int] = range(start, min(start + _CHECKED, len(rows)))
         while numbers:
             part = rows.select(numbers)
             try:
@@ -190,16 +191,16 @@ def usable_rows(task: Task, rows: Rows) -> Rows:
     return replace(_chosen(rows, kept), bad=tuple(bad.found))
 
 
-def _without(error: DataError, rows: Rows, numbers: list[int], bad: BadRows) -> list[int]:
+def _without(error: DataError, rows: Rows, numbers: Sequence[int], bad: BadRows) -> list[int]:
     """The numbers without that of the row that an error is about; an error about no row is raised."""
     place = rows.find(error.problems[0].where)
     if place is None:
         raise error
     bad.leave_out(error)
-    return numbers[:place] + numbers[place + 1 :]
+    return [*numbers[:place], *numbers[place + 1 :]]
 
 
-def _chosen(rows: Rows, numbers: list[int]) -> Rows:
+def _chosen(rows: Rows, numbers: Sequence[int]) -> Rows:
     return rows if len(numbers) == len(rows) else rows.select(numbers)
 
 
