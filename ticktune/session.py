@@ -305,14 +305,12 @@ class Session:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            evaluating = self._work.startswith("evaluating")
-            size = "evaluation.batch_size" if evaluating else "training.micro_batch_size"
-            same = "" if evaluating else " (the result stays the same)"
+            size = "evaluation.batch_size" if self._work.startswith("evaluating") else "training.micro_batch_size"
             raise ResourceError(
                 f"out of memory: {self._work} (training.batch_size {self.recipe.training.batch_size}, "
                 f"data.max_length {self.recipe.data.max_length})",
                 where=str(self.run.path),
-                fix=f"lower {size}{same}, data.max_length, or ticks.layers (last:N)",
+                fix=f"lower {size}, data.max_length, or ticks.layers (last:N)",
             ) from error
 
     @contextmanager

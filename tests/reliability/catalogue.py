@@ -54,7 +54,7 @@ CASES: dict[str, str] = {
     "D11": "A prompt is made into the same tokens in training and prediction; a missing template is an error.",
     "D12": "Padding, batch size and order within a batch do not change a row's loss.",
     "D13": "The cache of tokenised rows is keyed by content, and a damaged one is made anew.",
-    "D14": "Control tokens and templates within a text are text.",
+    "D14": "Templates within a text are text; rows with a tokenizer's control tokens in their text are counted.",
     "D15": "Rows that stand twice, and the same text with two labels, are counted.",
     "D16": "A file that changes while it is read is noticed.",
     # Numerics
