@@ -234,7 +234,11 @@ def _locate_base(loaded: LoadedRecipe) -> BaseFiles:
         return locate_base(base.model, revision=base.revision, relative_to=loaded.path.parent)
     except BaseModelError as error:
         place = loaded.where("base.model")
-        problems = [Problem(p.message, f"{p.where} ({place})" if p.where else place, p.fix) for p in error.problems]
+        own = f"base.model {base.model}"
+        problems = [
+            Problem(p.message, f"{place} {base.model}" if p.where == own else f"{p.where} ({place})", p.fix)
+            for p in error.problems
+        ]
         raise type(error)(problems) from error
 
 
@@ -256,7 +260,7 @@ def _say_counts(counts: dict[str, int], name: str, rows: int, console: Console) 
     if counts["control"]:
         console.warn(f"{share(counts['control'])} hold a text that the tokenizer reads as a control token")
     if counts["repeated"]:
-        console.note(f"{share(counts['repeated'])} stand there before")
+        console.note(f"{share(counts['repeated'])} repeat an earlier row")
 
 
 def _refuse_endless(examples: Encoded, task: Task) -> None:

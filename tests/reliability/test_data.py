@@ -409,7 +409,7 @@ def test_rows_that_stand_twice_are_counted(tmp_path: Path, tiny_bert: Path, tick
     recipe = classifier(tmp_path, tiny_bert, rows)
     done_well(
         ticktune("train", recipe, cwd=tmp_path),
-        "3 of the 24 train rows (12.5 %) stand there before",
+        "3 of the 24 train rows (12.5 %) repeat an earlier row",
         "2 of the 24 train rows (8.3 %) have the same input as a row with another label",
     )
     counts = record(tmp_path / "run")["rows_report"]["train"]
