@@ -233,6 +233,24 @@ def test_out_of_memory_names_the_keys_to_change(tmp_path: Path, tiny_bert: Path,
     assert weights(run) == whole
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+@case("N8")
+def test_other_commands_say_that_memory_is_short(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ticktune.run
+    from ticktune.cli import entry
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ticktune.run, "evaluate", exhausted)
+    assert entry(["eval", "run"]) == 8
+    assert capsys.readouterr().err.startswith("error[resources]: out of memory\n  fix: ")
+
+
 @case("N8")
 def test_trying_the_longest_rows_changes_no_weight(
     tmp_path: Path, tiny_bert: Path, ticktune: Run, monkeypatch: pytest.MonkeyPatch
