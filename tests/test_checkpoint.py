@@ -1,6 +1,7 @@
 """Checkpoints: whole or refused, the newest that is whole, and a continuation that is bitwise the same."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import tests.models as models
 from tests.reliability.catalogue import case
 from tests.training import bits, classification, optimizer_of, same, snapshot, steps
 from ticktune.checkpoint import Progress, find_checkpoints, newest_valid, restore_checkpoint, save_checkpoint
-from ticktune.errors import CheckpointError
+from ticktune.errors import CheckpointError, NumericsError
 from ticktune.files import MANIFEST, verify_directory
 from ticktune.patch.attach import adapter_parameters, adapter_state, attach
 
@@ -94,6 +95,23 @@ def test_the_state_of_an_optimizer_that_has_not_stepped_is_empty(tmp_path: Path)
     fresh = optimizer_of(model)
     restore_checkpoint(path, model, fresh, _off())
     assert not fresh.state
+
+
+@case("N3")
+@pytest.mark.parametrize("kind", ["parameter", "state"])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, tiny_bert: Path, kind: str) -> None:
+    work = classification(tiny_bert)
+    attach(work.model, 4)
+    optimizer = optimizer_of(work.model)
+    for _ in steps(work, work.batches(8)[:1], optimizer):
+        key, _, parameter = next(iter(adapter_parameters(work.model)))
+        damaged = parameter if kind == "parameter" else optimizer.state[parameter]["exp_avg_sq"]
+        damaged.data.view(-1)[3] = math.inf
+    with pytest.raises(NumericsError) as caught:
+        save_checkpoint(tmp_path, work.model, optimizer, _off(), Progress(step=1), None, keep=1)
+    said = key if kind == "parameter" else f"{key}, the optimizer state exp_avg_sq"
+    assert caught.value.problems[0].message.startswith(f"{said} holds NaN or infinity after the update")
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_goes_on_bit_for_bit(tiny_bert: Path, tmp_path: Path) -> None:

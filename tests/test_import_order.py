@@ -52,6 +52,7 @@ ORDER = [
     "ticktune.data.media",
     "ticktune.data.store",
     "ticktune.data.read",
+    "ticktune.data.audit",
     "ticktune.data.encode",
     "ticktune.data.batches",
     "ticktune.train.groups",

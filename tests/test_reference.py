@@ -66,7 +66,7 @@ def test_types_ranges_and_defaults_are_readable() -> None:
     assert listed["ticks.dim"][:2] == ["integer (0 to 65536)", "`64`"]
     assert listed["ticks.form"][:2] == ["`auto`, `plain`, `gated`", "`auto`"]
     assert listed["optimizer.clip"][:2] == ["number (above 0) or `null`", "`1.0`"]
-    assert listed["optimizer.eps"][:2] == ["number (above 0)", "`1e-8`"]
+    assert listed["optimizer.eps"][:2] == ["number (above 0, at most 1)", "`1e-8`"]
     assert listed["optimizer.betas"][:2] == ["list of 2 numbers (at least 0, below 1)", "`[0.9, 0.999]`"]
     assert listed["training.seed"][0] == "integer (at least 0, below 2^63)"
     assert listed["data.train"][1] == listed["base.model"][1] == listed["task"][1] == "required"

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ticktune.device import DTYPES
+from ticktune.device import DTYPES, is_out_of_memory
 from ticktune.diagnosis import class_of, config_problem, model_problem
-from ticktune.errors import BaseModelError, Problem, first_line
+from ticktune.errors import BaseModelError, Problem, ResourceError, first_line
 from ticktune.files import input_path, sha256_json, weights_header
 from ticktune.quantize import check_package, is_coded, plain_parts
 from ticktune.versions import require
@@ -182,6 +182,13 @@ def load_tokenizer(base: BaseFiles) -> Any:
     return tokenizer
 
 
+def padded_with(processor: Any) -> str | None:
+    """Returns the token that a tokenizer pads with though it has no pad token of its own, else None."""
+    if "pad_token" not in getattr(processor, "init_kwargs", {"pad_token": ""}):
+        return str(processor.pad_token)
+    return None
+
+
 def load_processor(base: BaseFiles, kind: Literal["tokenizer", "image", "audio", "speech"]) -> Any:
     """Returns what makes a model's inputs: a tokenizer, an image processor or a feature extractor.
 
@@ -278,6 +285,7 @@ def load_model(
     Raises:
         BaseModelError: It cannot be loaded, has tensors without a place, or holds a value that is not finite.
         RecipeError: It is quantised by a package that is missing.
+        ResourceError: It does not fit into memory.
     """
     import transformers
 
@@ -301,6 +309,12 @@ def load_model(
             **(loading or {}),
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise ResourceError(
+                "out of memory while the base was loaded",
+                where=f"base.model {base.name}",
+                fix="choose a smaller base, or set base.dtype: bfloat16 or base.quantize: int8",
+            ) from error
         # transformers 5.23 finds the codes of such files by their full names, so a body's file fits no class with a
         # head; what it says then names neither.
         fix = "such files open only under the class that saved them" if method == "torchao" else ""
@@ -317,7 +331,11 @@ def load_model(
     for name, parameter in model.named_parameters():
         for part in plain_parts(parameter):
             if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
-                raise BaseModelError(f"the tensor {name} holds NaN or infinity", where=f"base.model {base.name}")
+                raise BaseModelError(
+                    f"the tensor {name} holds NaN or infinity",
+                    where=f"base.model {base.name}",
+                    fix="get the weights anew from where the model came from",
+                )
     if dtype == "float64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels take no float64
     mismatched = [entry[0] if isinstance(entry, tuple | list) else entry for entry in info["mismatched_keys"]]
@@ -473,16 +491,17 @@ def weight_files(base: BaseFiles) -> list[Path]:
     """
     index = base.directory / "model.safetensors.index.json"
     if index.exists():
-        return [base.directory / name for name in _indexed_names(index)]
+        return [base.directory / name for name in sorted(set(_index(index).values()))]
     return [base.directory / "model.safetensors"]
 
 
-def _indexed_names(index: Path) -> list[str]:
+def _index(index: Path) -> dict[str, str]:
+    """Tensor -> the file that holds it."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or not all(isinstance(name, str) for name in names):
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not found or not all(isinstance(name, str) for name in found.values()):
             raise ValueError("it names no files")
-        return sorted(names)
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BaseModelError(
             "the index of the weights is damaged",
@@ -571,14 +590,18 @@ def _check_files(name: str, directory: Path) -> None:
     where = f"base.model {name}"
     _check_config(name, directory)
     index = directory / "model.safetensors.index.json"
+    tensors: dict[str, str] = {}
+    fix = "get the files anew from where the model came from"
     if index.exists():
-        names = _indexed_names(index)
-        outside = [n for n in names if Path(n).name != n]
-        missing = [n for n in names if n not in outside and not os.path.isfile(directory / n)]
+        tensors = _index(index)
+        first = {file: tensor for tensor, file in reversed(tensors.items())}
+        outside = [n for n in sorted(first) if Path(n).name != n]
+        missing = [n for n in sorted(first) if n not in outside and not os.path.isfile(directory / n)]
         if outside or missing:
-            raise BaseModelError(
-                [Problem(f"the index names {n}, which is not in the folder", where) for n in (*outside, *missing)]
-            )
+            raise BaseModelError([
+                Problem(f"the index names {n}, for {first[n]}, which is not in the folder", where, fix)
+                for n in (*outside, *missing)
+            ])  # fmt: skip
     elif not (directory / "model.safetensors").is_file():
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
         if pickles:
@@ -589,7 +612,12 @@ def _check_files(name: str, directory: Path) -> None:
             )
         raise BaseModelError("the directory has no model.safetensors", where=where)
     for file in weight_files(BaseFiles(name, directory)):
-        read_header(file)
+        header = read_header(file)
+        absent = [tensor for tensor, holder in tensors.items() if holder == file.name and tensor not in header]
+        if absent:
+            raise BaseModelError(
+                f"the index puts {absent[0]} into this file, which does not hold it", where=str(file), fix=fix
+            )
 
 
 def _read_config(base: BaseFiles) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.console import Console
-from ticktune.errors import CheckpointError, PatchError
+from ticktune.errors import CheckpointError, NumericsError, PatchError
 from ticktune.files import load_weights, new_directory, read_json, remove_directory, verify_directory, write_json
-from ticktune.patch.attach import adapter_parameters, adapter_state, load_adapter_state
+from ticktune.patch.attach import adapter_parameters, adapter_state, load_adapter_state, not_finite
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -67,13 +67,16 @@ def save_checkpoint(
     Raises:
         ResourceError: The disk is full.
         CheckpointError: What was written does not read back.
+        NumericsError: A tensor holds NaN or infinity; nothing is written.
     """
     from safetensors.torch import save_file
 
     target = directory / f"step-{progress.step:08d}"
+    tensors, state = adapter_state(model), _optimizer_tensors(model, optimizer)
+    check_finite(tensors | state, f"step {progress.step}")
     with new_directory(target, replace=True) as temporary:
-        save_file(_on_cpu(adapter_state(model)), temporary / "adapter.safetensors")
-        save_file(_on_cpu(_optimizer_tensors(model, optimizer)), temporary / "optimizer.safetensors")
+        save_file(_on_cpu(tensors), temporary / "adapter.safetensors")
+        save_file(_on_cpu(state), temporary / "optimizer.safetensors")
         if best is not None:
             save_file(_on_cpu(best), temporary / "best.safetensors")
         write_json(
@@ -88,6 +91,25 @@ def save_checkpoint(
     for old in find_checkpoints(directory)[keep:]:
         remove_directory(old)
     return target
+
+
+def check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Refuses to write what no run could go on from.
+
+    Args:
+        tensors: By name.
+        where: Names the step.
+
+    Raises:
+        NumericsError: One holds NaN or infinity.
+    """
+    name = not_finite(tensors)
+    if name is not None:
+        raise NumericsError(
+            f"{name.replace('#', ', the optimizer state ')} holds NaN or infinity after the update, and is not saved",
+            where=where,
+            fix="lower optimizer.lr, or set optimizer.clip: 1.0",
+        )
 
 
 def find_checkpoints(directory: Path) -> list[Path]:

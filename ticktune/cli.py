@@ -11,7 +11,7 @@ import typer
 
 from ticktune import __version__
 from ticktune.console import Console
-from ticktune.errors import Problem, ReaderGone, TicktuneError, UsageError
+from ticktune.errors import Problem, ReaderGone, ResourceError, TicktuneError, UsageError
 from ticktune.versions import refuse_old
 
 app = typer.Typer(
@@ -350,6 +350,10 @@ def _unexpected(error: Exception, console: Console, debug: bool) -> int:
         return 2
     if debug:
         console.traceback()
+    if _is_out_of_memory(error):
+        full = ResourceError("out of memory", fix="end other programs, or give fewer or shorter rows at once")
+        console.error(full)
+        return full.exit_code
     summary = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     bug = TicktuneError(
         f"this is a bug in ticktune: {summary}", fix="run it again with --debug and report what it prints"
@@ -357,6 +361,14 @@ def _unexpected(error: Exception, console: Console, debug: bool) -> int:
     bug.kind = "internal"
     console.error(bug)
     return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # too slow to import for an error
+        return isinstance(error, MemoryError)
+    from ticktune.device import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _refuse_unused(

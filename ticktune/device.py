@@ -112,6 +112,14 @@ def mix(*numbers: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left; a CPU's allocator has no class of its own for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    texts = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
 def describe(compute: Compute) -> dict[str, Any]:
     """Facts of the machine for the run record."""
     name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else _cpu_name()

@@ -1,9 +1,8 @@
 """Recipe -> rows, task, examples and base: everything that stands before a model is trained or used."""
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,14 +19,16 @@ from ticktune.base import (
     load_model,
     load_processor,
     locate_base,
+    padded_with,
     stored_quantization,
     training_dtype,
     without_weights,
 )
 from ticktune.console import Console
+from ticktune.data.audit import audit
 from ticktune.data.batches import split_rows
 from ticktune.data.encode import Encoded, encode_rows, processor_identity
-from ticktune.data.read import Rows, read_rows
+from ticktune.data.read import BadRows, Rows, read_rows
 from ticktune.device import Compute, choose_compute
 from ticktune.errors import BaseModelError, CheckpointError, DataError, Problem, RecipeError, UsageError, first_line
 from ticktune.export.save import FACTS as MERGED_FACTS
@@ -41,6 +42,7 @@ from ticktune.registry import TASKS
 from ticktune.tasks.task import Task, TaskOptions, build_task, restore_task
 
 Poll = Callable[[], None]
+_CHECKED = 1024  # rows that are checked at once where some may be left out
 
 
 def _no_poll() -> None:
@@ -59,6 +61,7 @@ class Prepared:
         processor: The base's tokenizer, image processor or feature extractor.
         task: The task, configured.
         rows: Split -> rows.
+        report: Split -> counts of what is odd about its rows.
         examples: Split -> examples.
     """
 
@@ -69,6 +72,7 @@ class Prepared:
     processor: Any
     task: Task
     rows: dict[str, Rows]
+    report: dict[str, dict[str, int]] = field(default_factory=dict)
     examples: dict[str, Encoded] = field(default_factory=dict)
 
     def task_facts(self) -> dict[str, Any]:
@@ -93,7 +97,8 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     compute = choose_compute(recipe.training.device, recipe.training.precision)
     check_possible(recipe.base.quantize, compute.device)
     rows = read_splits(loaded, poll)
-    base = locate_base(recipe.base.model, revision=recipe.base.revision, relative_to=loaded.path.parent)
+    _refuse_training_rows(loaded, rows)
+    base = _locate_base(loaded)
     method = stored_quantization(base)
     check_possible("none", compute.device, stored=method, where=f"base.model {base.name}")
     if recipe.base.quantize != "none" and method is not None:
@@ -102,7 +107,10 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
             where=loaded.where("base.quantize"),
             fix="set base.quantize: none, or name the full-precision model",
         )
-    processor = load_processor(base, TASKS[recipe.task].processor)
+    row = TASKS[recipe.task]
+    processor = load_processor(base, row.processor)
+    if pad := padded_with(processor):
+        console.note(f"{base.name}: its tokenizer has no pad token, so {pad} fills up short rows, where it is masked")
     train = rows["train"]
     options = TaskOptions(
         columns=train.columns,
@@ -122,18 +130,152 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         language=recipe.data.language,
         separator=recipe.data.separator,
     )
-    task = build_task(recipe.task, options, train.records(), train.where, processor, load_config(base))
+    task, rows["train"] = _build(recipe.task, options, train, processor, load_config(base))
     for name in rows:
-        task.check(rows[name].records(), rows[name].where)
+        rows[name] = usable_rows(task, rows[name])
+        say_bad_rows(rows[name], name, console)
     _check_metric(loaded, task)
-    _warn_overlap(rows, console)
+    report = audit(rows, row, _control_tokens(processor) if row.processor == "tokenizer" else None)
+    for name, counts in report.items():
+        _say_counts(counts, name, len(rows[name]), console)
+        counts["left_out"] = len(rows[name].bad)
     dtype = training_dtype(recipe.base.dtype, base, compute.precision, compute.device.type)
-    prepared = Prepared(loaded, compute, base, dtype, processor, task, rows)
+    prepared = Prepared(loaded, compute, base, dtype, processor, task, rows, report)
     for name in ("train", "validation"):
         if name in rows:
-            prepared.examples[name] = encode(task, rows[name], base.directory, poll=poll)
-            say_report(prepared.examples[name], name, task.limit(), console)
+            examples = encode(task, rows[name], base.directory, poll=poll)
+            say_report(examples, name, task, console)
+            report[name] |= {"cut": len(examples.report.truncated), "unsupervised": len(examples.report.unsupervised)}
+            prepared.examples[name] = examples
+    _refuse_endless(prepared.examples["train"], task)
     return prepared
+
+
+def _build(name: str, options: TaskOptions, rows: Rows, processor: Any, base_config: Any) -> tuple[Task, Rows]:
+    """The task, and the training rows that it is made from."""
+    bad = BadRows(rows.max_bad, rows.bad)
+    numbers: Sequence[int] = range(len(rows))
+    while True:
+        chosen = _chosen(rows, numbers)
+        try:
+            task = build_task(name, options, chosen.records(), chosen.where, processor, base_config)
+        except DataError as error:
+            numbers = _without(error, chosen, numbers, bad)
+            if not numbers:
+                raise
+        else:
+            return task, replace(chosen, bad=tuple(bad.found))
+
+
+def usable_rows(task: Task, rows: Rows) -> Rows:
+    """The rows that the task does not refuse, where some may be left out.
+
+    Raises:
+        DataError: Of the first row that may not be left out.
+    """
+    if not rows.max_bad:
+        task.check(rows.records(), rows.where)
+        return rows
+    bad, kept = BadRows(rows.max_bad, rows.bad), list[int]()
+    for start in range(0, len(rows), _CHECKED):
+        numbers: Sequence[int] = range(start, min(start + _CHECKED, len(rows)))
+        while numbers:
+            part = rows.select(numbers)
+            try:
+                task.check(part.records(), part.where)
+                break
+            except DataError as error:
+                numbers = _without(error, part, numbers, bad)
+        kept += numbers
+    if not kept:
+        raise DataError(bad.found[:1])
+    return replace(_chosen(rows, kept), bad=tuple(bad.found))
+
+
+def _without(error: DataError, rows: Rows, numbers: Sequence[int], bad: BadRows) -> list[int]:
+    """The numbers without that of the row that an error is about; an error about no row is raised."""
+    place = rows.find(error.problems[0].where)
+    if place is None:
+        raise error
+    bad.leave_out(error)
+    return [*numbers[:place], *numbers[place + 1 :]]
+
+
+def _chosen(rows: Rows, numbers: Sequence[int]) -> Rows:
+    return rows if len(numbers) == len(rows) else rows.select(numbers)
+
+
+def say_bad_rows(rows: Rows, name: str, console: Console) -> None:
+    """Warns of rows that were left out because they cannot be used."""
+    if rows.bad:
+        count, total = len(rows.bad), len(rows.bad) + len(rows)
+        found = "; ".join(f"{problem.where}: {problem.message}" for problem in rows.bad[:3])
+        console.warn(f"{name}: {count} of {total} rows ({100 * count / total:.1f} %) cannot be used, left out: {found}")
+
+
+def _refuse_training_rows(loaded: LoadedRecipe, rows: dict[str, Rows]) -> None:
+    """Refuses validation and test rows that are read from the training file."""
+    if loaded.recipe.data.allow_training_rows:
+        return
+    for name in ("validation", "test"):
+        source = getattr(loaded.recipe.data, name)
+        if name in rows and source.fraction is None and rows[name].sha256 == rows["train"].sha256:
+            raise DataError(
+                f"these are the training rows: {rows[name].source} holds the same as {rows['train'].source}",
+                where=loaded.where(f"data.{name}"),
+                fix="name other rows, or {fraction: 0.1}; to measure the training rows all the same, set "
+                "data.allow_training_rows: true",
+            )
+
+
+def _locate_base(loaded: LoadedRecipe) -> BaseFiles:
+    """Finds the base; an error names its place in the recipe."""
+    base = loaded.recipe.base
+    try:
+        return locate_base(base.model, revision=base.revision, relative_to=loaded.path.parent)
+    except BaseModelError as error:
+        place = loaded.where("base.model")
+        own = f"base.model {base.model}"
+        problems = [
+            Problem(p.message, f"{place} {base.model}" if p.where == own else f"{p.where} ({place})", p.fix)
+            for p in error.problems
+        ]
+        raise type(error)(problems) from error
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds a tokenizer's control tokens in a text; its mask and unknown tokens are for people to write."""
+    written = {tokenizer.mask_token, tokenizer.unk_token}
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - written
+    return re.compile("|".join(map(re.escape, sorted(tokens)))) if tokens else None
+
+
+def _say_counts(counts: dict[str, int], name: str, rows: int, console: Console) -> None:
+    def share(count: int) -> str:
+        return f"{count} of the {rows} {name} rows ({100 * count / rows:.1f} %)"
+
+    if counts.get("training"):
+        console.warn(f"{share(counts['training'])} are training rows too")
+    if counts["contradicted"]:
+        console.warn(f"{share(counts['contradicted'])} have the same input as a row with another label")
+    if counts["control"]:
+        console.warn(f"{share(counts['control'])} hold a text that the tokenizer reads as a control token")
+    if counts["repeated"]:
+        console.note(f"{share(counts['repeated'])} repeat an earlier row")
+
+
+def _refuse_endless(examples: Encoded, task: Task) -> None:
+    """Refuses to train a model that writes and would never learn to stop."""
+    report = examples.report
+    if report.ends != 0:
+        return
+    if report.cut_ends:
+        reason = f"all of them lost their end when they were cut to {task.limit()}"
+        fix = "raise data.max_length"
+    else:
+        reason = "the chat template puts no control token behind an answer"
+        fix = "use prompt and response columns, or a base whose chat template ends each turn"
+    raise DataError(f"no row shows the model where to stop: {reason}", where=examples.source.source, fix=fix)
 
 
 def read_splits(loaded: LoadedRecipe, poll: Poll = _no_poll, names: tuple[str, ...] = ()) -> dict[str, Rows]:
@@ -166,7 +308,7 @@ def read_splits(loaded: LoadedRecipe, poll: Poll = _no_poll, names: tuple[str, .
             )
         for name, share in shares.items():
             rest, chosen = split_rows(len(left), min(0.99, share * len(train) / len(left)), seed=seed, name=name)
-            rows[name] = train.select([left[i] for i in chosen])
+            rows[name] = replace(train.select([left[i] for i in chosen]), bad=())
             left = [left[i] for i in rest]
         rows["train"] = train.select(left)
     return {name: rows[name] for name in ("train", "validation", "test") if name in rows and name in wanted}
@@ -407,6 +549,7 @@ def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
             relative_to=loaded.path.parent,
             split=name,
             whole_text=whole,
+            max_bad=data.max_bad_rows if data.on_bad_row == "skip" else 0,
             poll=poll,
         )
     except RecipeError as error:
@@ -427,45 +570,32 @@ def _check_metric(loaded: LoadedRecipe, task: Task) -> None:
         )
 
 
-def _warn_overlap(rows: dict[str, Rows], console: Console) -> None:
-    counts = {name: Counter(map(_digest, rows[name].records())) for name in ("validation", "test") if name in rows}
-    found = dict.fromkeys(counts, 0)
-    for row in map(_digest, rows["train"].records() if counts else ()):
-        for name, count in counts.items():
-            found[name] += count.pop(row, 0)
-    for name, both in found.items():
-        if both:
-            share = 100 * both / len(rows[name])
-            console.warn(f"{both} of the {len(rows[name])} {name} rows ({share:.1f} %) are training rows too")
-
-
-def _digest(row: dict[str, Any]) -> bytes:
-    return hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
-
-
-def say_report(examples: Encoded, name: str, limit: str, console: Console) -> None:
+def say_report(examples: Encoded, name: str, task: Task, console: Console) -> None:
     """Warns of what was cut, left out or unknown on the way from rows to examples.
 
     Args:
         examples: Of the rows.
         name: Of the split or file.
-        limit: From :meth:`ticktune.tasks.task.Task.limit`.
+        task: The task, which says what examples are cut to.
         console: Where to print.
     """
     report, count = examples.report, len(examples.source)
     if report.truncated:
         share = 100 * len(report.truncated) / count
         places = ", ".join(examples.source.where(i) for i in report.truncated[:3])
+        lost = f" and lost {task.cut}" if task.cut else " and were cut"
         cut = f", {report.cut_ends} of them at the end of what is learned" if report.cut_ends else ""
         console.warn(
             f"{name}: {len(report.truncated)} of {count} rows ({share:.1f} %) are longer than "
-            f"{limit} and were cut{cut}: {places}"
+            f"{task.limit()}{lost}{cut}: {places}"
         )
     if report.unsupervised:
         places = ", ".join(examples.source.where(i) for i in report.unsupervised[:3])
-        because = f" ({report.why})" if report.why else ""
+        share = 100 * len(report.unsupervised) / count
+        because = f"({report.why})" if report.why else f"after cutting to {task.limit()}"
         console.warn(
-            f"{name}: {len(report.unsupervised)} rows have nothing to learn from{because} and were left out: {places}"
+            f"{name}: {len(report.unsupervised)} of {count} rows ({share:.1f} %) have nothing to learn from {because} "
+            f"and were left out: {places}"
         )
     if report.unknown:
         total = sum(report.unknown.values())

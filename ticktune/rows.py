@@ -17,7 +17,7 @@ from ticktune.evaluate import compute_metrics, logits_of
 from ticktune.export.save import Evidence, drift_of
 from ticktune.folder import Target
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, load_adapter_state, watched_ticks
-from ticktune.prepare import Loaded, encode, facts_of, load_target, read_file, read_splits
+from ticktune.prepare import Loaded, encode, facts_of, load_target, read_file, read_splits, usable_rows
 from ticktune.registry import TASKS
 from ticktune.tasks.task import Batch
 
@@ -123,7 +123,7 @@ def evidence_of(rows: Rows, used: Loaded) -> Evidence:
         used: Base and adapter, float32 or wider.
     """
     task = used.task
-    examples = encode(task, rows, used.processor_files)
+    examples = encode(task, usable_rows(task, rows), used.processor_files)
     batches: list[Batch] = []
     ours: list[Tensor] = []
     values = 0

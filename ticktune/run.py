@@ -23,6 +23,7 @@ from ticktune.base import (
 from ticktune.console import Console, duration, figure, table_of
 from ticktune.data.read import Rows
 from ticktune.errors import (
+    DataError,
     ExportError,
     Interrupted,
     MinimumMissed,
@@ -53,7 +54,9 @@ from ticktune.prepare import (
     load_target,
     load_trainable,
     prepare,
+    say_bad_rows,
     say_report,
+    usable_rows,
 )
 from ticktune.quantize import MERGE_WAY_OUT
 from ticktune.quantize import merge_obstacle as quantized_obstacle
@@ -176,7 +179,7 @@ def evaluate(
         target_name: See :func:`ticktune.folder.find_target`.
         console: Where to print.
         split: ``train``, ``validation`` or ``test``; None: test, else validation.
-        data: A file with answers, instead of a split.
+        data: A file with answers, instead of a split; with ``train`` as split it may be the training file.
         base: The base, where the recorded one cannot be found.
         device: As ``training.device``; None: as in training.
         precision: As ``training.precision``; None: as in training.
@@ -199,10 +202,13 @@ def evaluate(
         if metric not in known:
             where = "--min" if at_least else "--max"
             raise UsageError(f"there is no metric {metric} here", where=where, fix=f"one of: {', '.join(known)}")
+    if data is not None and split != "train":
+        _refuse_training_file(used, rows)
     _warn_changed_rows(used, rows, name, console)
-    used.task.check(rows.records(), rows.where)
+    rows = usable_rows(used.task, rows)
+    say_bad_rows(rows, name, console)
     examples = encode(used.task, rows, used.processor_files)
-    say_report(examples, name, used.task.limit(), console)
+    say_report(examples, name, used.task, console)
     metrics = score(used.model, used.task, examples, used.compute, _PREDICT_BATCH)
     scored = len(rows) - len(examples.report.unsupervised)
     console.result(
@@ -458,6 +464,16 @@ def _forget(run: RunFolder) -> None:
     for file in (run.metrics_path, run.report_path, run.recipe_path):
         with writing(file):
             file.unlink(missing_ok=True)
+
+
+def _refuse_training_file(used: Loaded, rows: Rows) -> None:
+    trained_on = used.facts.training.get("data", {}).get("train")
+    if trained_on is not None and trained_on["sha256"] == rows.sha256:
+        raise DataError(
+            "these are the training rows: a score on them says little of other rows",
+            where=rows.source,
+            fix="name other rows, or add --split train to measure these all the same",
+        )
 
 
 def _warn_changed_rows(used: Loaded, rows: Rows, name: str, console: Console) -> None:

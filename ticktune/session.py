@@ -2,22 +2,21 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ticktune import checkpoint
 from ticktune.adapter import describe_adapter, shapes_fingerprint, write_adapter
 from ticktune.base import fingerprint, stored_quantization, without_weights
 from ticktune.console import Console, figure
-from ticktune.data.batches import epoch_batches, micro_batches
-from ticktune.device import Compute, describe, mix
-from ticktune.errors import Interrupted, OutputError, ResourceError
+from ticktune.data.batches import epoch_batches, micro_batches, sorted_batches
+from ticktune.device import Compute, describe, is_out_of_memory, mix
+from ticktune.errors import Interrupted, NumericsError, OutputError, Problem, ResourceError
 from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
@@ -30,8 +29,10 @@ from ticktune.report.page import report_page
 from ticktune.signals import Signals, StopAsked
 from ticktune.tasks.task import Batch
 from ticktune.train.groups import build_optimizer, lr_factor
-from ticktune.train.steps import StepReport, train_steps
+from ticktune.train.steps import StepReport, train_steps, try_step
 from ticktune.versions import versions
+
+_IDLE_STEPS = 10  # Q and U have no gradient while P is zero, in the first step
 
 
 def begin(prepared: Prepared, model: nn.Module, run: RunFolder, console: Console) -> None:
@@ -129,6 +130,8 @@ class Session:
         micro = self.recipe.training.micro_batch_size or self.recipe.training.batch_size
         self.micro_batch_size = micro
         self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, micro)
+        self._work = "starting"  # what is being done, for messages
+        self._batch: Sequence[int] = ()
 
     def go(self) -> None:
         """Trains to the end, and writes the adapter, the record and the report.
@@ -146,7 +149,9 @@ class Session:
         self.run.trim_metrics(self.progress.step, {entry["step"] for entry in self.progress.history})
         self.run.update(status="running")
         try:
-            with _memory_named(self.recipe):
+            with self._memory_named():
+                if newest is None:
+                    self._try_longest()
                 if not self.progress.history:
                     self._evaluate(first=True)
                 elif self.progress.history[-1]["step"] < self.progress.step and self._evaluation_is_due():
@@ -156,6 +161,25 @@ class Session:
         except StopAsked as stop:
             raise self._interrupted(stop) from None
         self._finish()
+
+    def _try_longest(self) -> None:
+        """Tries a micro-batch of the longest rows, so that a lack of memory shows before anything is computed."""
+        examples, task = self.prepared.examples["train"], self.prepared.task
+        numbers = next(iter(sorted_batches(examples.lengths, self.micro_batch_size)))
+        self._work = f"trying the longest rows, {self._described(numbers)}"
+        try_step(
+            self.model,
+            task,
+            task.collate(examples.take(numbers), seed=self.recipe.training.seed),
+            self.optimizer,
+            self.scaler,
+            self.compute,
+            base_dropout=self.recipe.base.dropout == "keep",
+        )
+
+    def _described(self, numbers: Sequence[int]) -> str:
+        longest = max(self.prepared.examples["train"].lengths[number] for number in numbers)
+        return f"{min(len(numbers), self.micro_batch_size)} at once with a length of up to {longest}"
 
     def _steps(self) -> None:
         started = time.monotonic()
@@ -174,7 +198,7 @@ class Session:
             base_dropout=self.recipe.base.dropout == "keep",
             first_step=first,
         )
-        with self.console.progress(self.plan.total, first) as bar:
+        with self.console.progress(self.plan.total, first) as bar, self._rows_named():
             for report in reports:
                 self._account(report)
                 self._show(bar, report, first, started)
@@ -199,6 +223,8 @@ class Session:
                     return
                 seed = mix(training.seed, "collate", step)
                 parts = enumerate(micro_batches(batch, self.micro_batch_size))
+                self._batch = batch
+                self._work = f"step {step + 1}, {self._described(batch)}"
                 yield [task.collate(examples.take(part), seed=mix(seed, number)) for number, part in parts]
                 self.signals.poll()
                 step += 1
@@ -236,6 +262,7 @@ class Session:
             if first:
                 progress.history = [{"step": 0, "split": None, "metrics": {}}]
             return
+        self._work = f"evaluating after step {progress.step}, {self.evaluation_batch} rows at once"
         metrics = score(
             self.model, self.prepared.task, examples, self.compute, self.evaluation_batch, self.signals.poll
         )
@@ -272,6 +299,35 @@ class Session:
             keep=self.recipe.checkpoints.keep,
         )
 
+    @contextmanager
+    def _memory_named(self) -> Iterator[None]:
+        """Says of a lack of memory what was being done, and which keys to change."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size = "evaluation.batch_size" if self._work.startswith("evaluating") else "training.micro_batch_size"
+            raise ResourceError(
+                f"out of memory: {self._work} (training.batch_size {self.recipe.training.batch_size}, "
+                f"data.max_length {self.recipe.data.max_length})",
+                where=str(self.run.path),
+                fix=f"lower {size}, data.max_length, or ticks.layers (last:N)",
+            ) from error
+
+    @contextmanager
+    def _rows_named(self) -> Iterator[None]:
+        """Says of numbers that are not finite which rows they came with."""
+        try:
+            yield
+        except NumericsError as error:
+            examples = self.prepared.examples["train"]
+            rows = dict.fromkeys(example["row"] for example in examples.take(list(self._batch)))
+            places = ", ".join(examples.source.where(row) for row in list(rows)[:8])
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            problems = [Problem(f"{p.message}; its rows are {places}{more}", p.where, p.fix) for p in error.problems]
+            raise NumericsError(problems) from error
+
     def _interrupted(self, stop: StopAsked) -> Interrupted:
         started = time.monotonic()
         saved = self._save()
@@ -289,6 +345,12 @@ class Session:
         step, history = progress.step, [e for e in progress.history if e["split"]]
         if self.recipe.evaluation.save == "best" and self.best is not None and progress.best_step is not None:
             tensors, step = self.best, progress.best_step
+        checkpoint.check_finite(tensors, f"step {step}")
+        idle = self._idle()
+        if idle:
+            self.console.warn(
+                f"{len(idle)} of the trained tensors never had a gradient and are as they were: {', '.join(idle[:5])}"
+            )
         metrics: dict[str, float] = next((e["metrics"] for e in reversed(history) if e["step"] == step), {})
         facts = describe_adapter(
             self.model,
@@ -317,6 +379,7 @@ class Session:
             "base_metrics": history[0]["metrics"] if history else {},
             "history": history,
             "skipped_steps": progress.skipped,
+            "idle": idle,
             "training_seconds": round(progress.seconds, 3),
             "rows_per_second": round(progress.rows / max(progress.seconds, 1e-9), 2),
         }
@@ -324,6 +387,13 @@ class Session:
         page = report_page(finite(self.run.record() | entries), self.run.metrics(), recipe_text)
         write_text(self.run.report_path, page)
         self.run.update(**entries)  # last: a run that says complete has all its files
+
+    def _idle(self) -> list[str]:
+        """Keys of the tensors whose gradient was zero in every step; of fewer than ten steps nothing is said."""
+        if self.progress.step < _IDLE_STEPS:
+            return []
+        means = {key: self.optimizer.state.get(p, {}).get("exp_avg") for key, _, p in adapter_parameters(self.model)}
+        return [key for key, mean in means.items() if mean is None or not mean.any()]
 
 
 def _hashes(prepared: Prepared, model: nn.Module) -> dict[str, Any]:
@@ -356,6 +426,7 @@ def _first_record(prepared: Prepared, model: nn.Module, run: RunFolder, hashes: 
             "shapes": shapes,
         },
         "rows": {name: len(rows) for name, rows in prepared.rows.items()},
+        "rows_report": prepared.report,
         "trained_parameters": trained,
         "base_parameters": total - trained,
         **machine(prepared),
@@ -382,18 +453,6 @@ def _say_other_machine(run: RunFolder, here: dict[str, Any], console: Console) -
     if changes:
         console.warn(f"the run goes on with {', '.join(changes)}: the result need not be bitwise the same")
         run.update(continued=[*record.get("continued", []), {"at": now(), **here}])
-
-
-@contextmanager
-def _memory_named(recipe: Any) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(
-            f"out of memory with training.batch_size {recipe.training.batch_size} and data.max_length "
-            f"{recipe.data.max_length}",
-            fix="lower training.micro_batch_size, data.max_length or ticks.layers (last:N)",
-        ) from error
 
 
 def now() -> str:

@@ -266,8 +266,8 @@ GOOD = '{"text": "a", "label": 1}\n'
             "a.jsonl",
             GOOD + '{"text": "b", "label": "y"}\n',
             Problem(
-                "the column label has values of several kinds: 1 here, 'y' in line 2",
-                "a.jsonl:1",
+                "the column label has values of several kinds: 'y' here, 1 in line 1",
+                "a.jsonl:2",
                 "write all of them in one way",
             ),
         ),
@@ -275,8 +275,8 @@ GOOD = '{"text": "a", "label": 1}\n'
             "a.jsonl",
             '{"text": "a", "label": ["x"]}\n{"text": "b", "label": ["y", 1]}\n',
             Problem(
-                "the column label has values of several kinds: ['x'] here, ['y', 1] in line 2",
-                "a.jsonl:1",
+                "the column label has values of several kinds: ['y', 1] here, ['x'] in line 1",
+                "a.jsonl:2",
                 "write all of them in one way",
             ),
         ),
@@ -409,3 +409,29 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("ticktune.data.read._MAX_LINE", 1 << 20)
     found = problem(tmp_path, "a.jsonl", "[" + " " * (1 << 20))
     assert (found.message, found.where) == ("the line is longer than 1 MiB", "a.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "places"),
+    [
+        ("a.csv", "text,label\na,x\nb\nc,y,z\nd,x\n", ["a.csv:3", "a.csv:4"]),
+        ("a.json", '[{"text": "a", "label": "x"}, 5, {"text": "d", "label": "x"}, null]', ["a.json:2", "a.json:4"]),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "x"}\n{"text": "b", "label": 5}\n{\n{"text": "d", "label": "x"}\n',
+            ["a.jsonl:3", "a.jsonl:2"],
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used_are_left_out_where_they_may_be(
+    tmp_path: Path, name: str, content: str, places: list[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    source = Source(path=str(tmp_path / name))
+    rows = read_rows(source, CLASSIFY, {}, max_bad=2)
+    assert rows.dataset.to_dict() == {"label": ["x", "x"], "text": ["a", "d"]}
+    assert [problem.where for problem in rows.bad] == [str(tmp_path / place) for place in places]
+    assert [rows.find(rows.where(i)) for i in range(2)] == [0, 1]
+    assert rows.find(rows.bad[0].where) is None
+    with pytest.raises(DataError, match=r"2 rows cannot be used, data\.max_bad_rows allows 1"):
+        read_rows(source, CLASSIFY, {}, max_bad=1)

@@ -189,7 +189,7 @@ def test_the_hash_of_values_is_that_of_their_text(held: int) -> None:
 @pytest.mark.parametrize(
     ("labels", "message", "where"),
     [
-        ([*range(7), "x"], "the column label has values of several kinds: 0 here, 'x' in line 8", "a.jsonl:1"),
+        ([*range(7), "x"], "the column label has values of several kinds: 'x' here, 0 in line 1", "a.jsonl:8"),
         ([2**53 + 1, 1, 2, 0.5], "a column has values of several kinds: Integer value 9007199254740993", "a.jsonl"),
         ([1, 1, 1, 2**70], "a number has more than 64 bits", "a.jsonl"),
     ],
@@ -211,7 +211,7 @@ def test_a_csv_file_is_read_line_by_line(tmp_path: Path) -> None:
         file.write(b"text,label\n" + b"w1,a\n" * 10 + b'"w2\rw3\r\nw4",b\r')
         file.write(b"w5,c\r\n" * 100_000 + b"\xff,d\n")
     seen: list[int] = []
-    rows = read._read_csv(path, ",")
+    rows = read._read_csv(path, ",", read.BadRows())
     for _, (line, record) in zip(range(12), rows, strict=False):
         seen.append(line)
         last = record

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tests.models as models
+from tests.reliability.catalogue import case
 from tests.training import bits, classification, optimizer_of, steps
 from ticktune.patch.attach import adapter_parameters, attach, attachment_of, detach
 
@@ -32,6 +33,7 @@ def _step_zero(family: str, dtype: torch.dtype, norms: str, autocast: bool) -> t
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
+@case("B8")
 def test_step_zero_with_ticks_is_the_base_bit_for_bit(family: str, dtype: torch.dtype, autocast: bool) -> None:
     before, after = _step_zero(family, dtype, "none", autocast)
     assert before.dtype == after.dtype
@@ -41,6 +43,7 @@ def test_step_zero_with_ticks_is_the_base_bit_for_bit(family: str, dtype: torch.
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
+@case("B8")
 def test_step_zero_with_ticks_and_norms_is_the_base_bit_for_bit(
     family: str, dtype: torch.dtype, autocast: bool
 ) -> None:
@@ -69,6 +72,7 @@ def test_step_zero_differs_once_a_tick_is_not_zero(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@case("B2")
 def test_training_leaves_every_base_tensor_as_it_was(tiny_bert: Path, dtype: torch.dtype) -> None:
     work = classification(tiny_bert)
     model = work.model.to(dtype)

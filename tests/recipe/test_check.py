@@ -71,12 +71,16 @@ def accepted(folder: Path, text: str) -> Recipe:
             Problem(
                 "these are the training rows",
                 "r.yaml:3:18 data.validation",
-                "name other rows, or {fraction: 0.1}",
+                "name other rows, or {fraction: 0.1}; or set data.allow_training_rows: true",
             ),
         ),
         (
             HEAD + "data: {train: {hub: a}, test: {hub: a, split: train}}\n",
-            Problem("these are the training rows", "r.yaml:3:25 data.test", "name other rows, or {fraction: 0.1}"),
+            Problem(
+                "these are the training rows",
+                "r.yaml:3:25 data.test",
+                "name other rows, or {fraction: 0.1}; or set data.allow_training_rows: true",
+            ),
         ),
         (
             HEAD + "data: {train: a, validation: {fraction: 0.5}, test: {fraction: 0.5}}\n",

@@ -205,7 +205,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, text: str) -> N
         ("ticks", "dim", "65537", "a number of at most 65536"),
         ("ticks", "dropout", "1", "a number below 1.0"),
         ("optimizer", "lr", "0", "a number above 0.0"),
-        ("optimizer", "p_lr_ratio", "-4", "a number above 0.0"),
+        ("optimizer", "p_lr_ratio", "-4", "a number of at least 1e-06"),
         ("optimizer", "weight_decay", "-0.1", "a number of at least 0.0"),
         ("optimizer", "clip", "0", "a number above 0.0"),
         ("schedule", "warmup", "1.01", "a number of at most 1.0"),

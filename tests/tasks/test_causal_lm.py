@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 
 from tests.models import word_tokenizer
-from ticktune.errors import DataError, RecipeError
+from ticktune.errors import BaseModelError, DataError, RecipeError
 from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.task import IGNORED, EncodingReport, Example, Row, TaskOptions, build_task, restore_task
 
@@ -71,7 +71,7 @@ def test_a_text_is_cut_into_windows_that_share_one_token_so_that_each_token_is_p
         (1, ids(1, 2, 3, 4)),
         (1, [*ids(4, 5, 6), EOS]),
     ]
-    assert report == EncodingReport()
+    assert report == EncodingReport(ends=2)
 
 
 def test_the_end_token_is_predicted_even_when_the_windows_come_out_even() -> None:
@@ -116,7 +116,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning() -> None:
     (example,), report = encode(task, {"prompt": "w1 w2 w3 w4", "response": "w5"})
     assert example["input_ids"] == [*ids(3, 4, 5), EOS]
     assert example["labels"] == [IGNORED, IGNORED, *ids(5), EOS]
-    assert report == EncodingReport(truncated=[0], cut_ends=0)
+    assert report == EncodingReport(truncated=[0], cut_ends=0, ends=1)
 
 
 def test_a_response_that_is_too_long_loses_its_end_and_keeps_one_token_before() -> None:
@@ -124,7 +124,7 @@ def test_a_response_that_is_too_long_loses_its_end_and_keeps_one_token_before() 
     (example,), report = encode(task, {"prompt": "w1 w2", "response": "w3 w4 w5 w6"})
     assert example["input_ids"] == ids(2, 3, 4)
     assert example["labels"] == [IGNORED, *ids(3, 4)]
-    assert report == EncodingReport(truncated=[0], cut_ends=1)
+    assert report == EncodingReport(truncated=[0], cut_ends=1, ends=0)
 
 
 def test_a_response_of_just_max_length_loses_its_end() -> None:
@@ -170,7 +170,7 @@ def test_a_conversation_that_is_too_long_loses_its_end() -> None:
     row = chat(("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4"))
     (example,), report = encode(chat_task(max_length=7), row)
     assert example["input_ids"] == [USER, *ids(1), EOS, ASSISTANT, *ids(2), EOS, USER]
-    assert report == EncodingReport(truncated=[0], cut_ends=1)
+    assert report == EncodingReport(truncated=[0], cut_ends=1, ends=1)
 
 
 def test_a_conversation_without_an_assistant_is_counted_as_unsupervised() -> None:
@@ -240,7 +240,7 @@ def build(tokenizer: Any, columns: tuple[str, ...] = ("text",), max_length: int 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match="the tokenizer has no end-of-text token"):
+    with pytest.raises(BaseModelError, match="its tokenizer has no end-of-text token"):
         build(tokenizer)
 
 

@@ -398,7 +398,7 @@ def test_a_split_with_unknown_items_is_warned_of(capsys: pytest.CaptureFixture[s
     task = task_of()
     records = [(1, {"items": ["w1", "zzz", "yyy"]}), (2, {"items": ["w2", "zzz"]})]
     rows = build_rows(records, TASKS["next-item"], {}, "a.jsonl")
-    say_report(encode_rows(task, rows, "tokenizer"), "test", task.limit(), Console())
+    say_report(encode_rows(task, rows, "tokenizer"), "test", task, Console())
     assert capsys.readouterr().err == (
         "warning: test: 3 of 5 items (60.0 %) are unknown to the base, 2 different ones: zzz, yyy\n"
     )

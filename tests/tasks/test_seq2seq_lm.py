@@ -55,7 +55,7 @@ def test_the_end_of_the_target_is_learned_and_the_decoder_begins_with_the_start(
         "labels": [*ids(3), EOS],
         "reference": "w3",
     }
-    assert report == EncodingReport()
+    assert report == EncodingReport(ends=1)
 
 
 def test_a_target_ends_once_whether_or_not_the_tokenizer_ends_it() -> None:
@@ -73,7 +73,7 @@ def test_a_source_that_is_too_long_keeps_its_end_token_and_a_target_loses_it() -
     examples, report = encode(task_of(3), {"source": "w1 w2", "target": "w5 w6"}, *rows)
     assert [e["input_ids"] for e in examples[1:]] == [[*ids(1, 2), EOS], [*ids(1), EOS], [*ids(1, 2), EOS]]
     assert [e["labels"] for e in examples[1:]] == [[*ids(5), EOS], ids(5, 6, 7), ids(5, 6, 7)]
-    assert report == EncodingReport(truncated=[1, 2, 3], cut_ends=2)
+    assert report == EncodingReport(truncated=[1, 2, 3], cut_ends=2, ends=2)
 
 
 def test_an_empty_source_is_one_token() -> None:

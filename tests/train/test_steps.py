@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.reliability.catalogue import case
 from tests.training import CPU, CPU_FP16, Work, causal_lm, classification, optimizer_of, same, snapshot, steps
 from ticktune.checkpoint import Progress, restore_checkpoint, save_checkpoint
 from ticktune.errors import NumericsError
@@ -112,6 +113,7 @@ def _fp16_work(folder: Path) -> tuple[Work, torch.optim.Optimizer, torch.amp.Gra
     return work, optimizer_of(work.model), torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
 
 
+@case("N5")
 def test_fp16_overflow_skips_the_step_and_the_schedule_goes_on(tiny_llama: Path) -> None:
     work, optimizer, scaler = _fp16_work(tiny_llama)
     before = snapshot(work.model)
@@ -136,6 +138,7 @@ def test_fp16_overflow_skips_the_step_and_the_schedule_goes_on(tiny_llama: Path)
 
 
 @pytest.mark.parametrize("done", [1, 4, 5])
+@case("N5")
 def test_fp16_run_goes_on_bit_for_bit_after_a_restore(tiny_llama: Path, tmp_path: Path, done: int) -> None:
     work, optimizer, scaler = _fp16_work(tiny_llama)
     whole = []
@@ -161,6 +164,7 @@ def test_fp16_run_goes_on_bit_for_bit_after_a_restore(tiny_llama: Path, tmp_path
     assert same(snapshot(again.model), final)
 
 
+@case("N5")
 def test_seventeen_overflows_in_a_row_are_an_error(tiny_llama: Path) -> None:
     work, optimizer, _ = _fp16_work(tiny_llama)
     before = snapshot(work.model)
@@ -172,6 +176,7 @@ def test_seventeen_overflows_in_a_row_are_an_error(tiny_llama: Path) -> None:
     assert same(snapshot(work.model), before)
 
 
+@case("N3")
 def test_nan_loss_is_an_error_and_moves_nothing(tiny_bert: Path) -> None:
     work = classification(tiny_bert)
     attach(work.model, 4)
@@ -186,6 +191,7 @@ def test_nan_loss_is_an_error_and_moves_nothing(tiny_bert: Path) -> None:
     assert same(snapshot(work.model), before)
 
 
+@case("N3")
 def test_gradient_that_is_not_finite_is_an_error_that_names_it(tiny_bert: Path) -> None:
     work = classification(tiny_bert)
     attach(work.model, 4)

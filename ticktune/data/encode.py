@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _CHUNK = 1024  # rows
 _CACHE_FROM_ROWS = 2000  # fewer are tokenised faster than a cache is verified
 _MAX_UNSUPERVISED = 0.05
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)

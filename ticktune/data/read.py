@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ticktune.data.media import METADATA, digest_of, metadata_of, read_classes, resolve_file
 from ticktune.data.store import PART_BYTES, PART_ROWS, Records, Store, parts, size_of
-from ticktune.errors import DataError
+from ticktune.errors import DataError, Problem
 from ticktune.files import input_path
 from ticktune.recipe.schema import Source
 from ticktune.registry import TaskRow
@@ -41,6 +41,8 @@ class Rows:
         templates: Task column -> the file's column or template that it was made from.
         files: Columns that hold paths of files.
         by_file: Whether a row is told by its file, as there is no file of rows.
+        bad: What is wrong with each row that was left out.
+        max_bad: How many rows may be left out because they cannot be used.
     """
 
     dataset: "Dataset"
@@ -50,6 +52,8 @@ class Rows:
     templates: dict[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     by_file: bool = False
+    bad: tuple[Problem, ...] = ()
+    max_bad: int = 0
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -65,6 +69,16 @@ class Rows:
             return str(self.dataset[row][self.files[0]])
         return f"{self.source}:{self.lines[row]}"
 
+    def find(self, where: str) -> int | None:
+        """The number of the row of which :meth:`where` says this; None: of none."""
+        if self.by_file:
+            names = self.dataset[self.files[0]]
+            return next((number for number, name in enumerate(names) if name == where), None)
+        source, _, line = where.rpartition(":")
+        if source != self.source or not line.isdecimal() or int(line) not in self.lines:
+            return None
+        return self.lines.index(int(line))
+
     def records(self) -> Records:
         """All rows as dicts, which are not held together in memory."""
         return Records(self.dataset)
@@ -72,6 +86,37 @@ class Rows:
     def select(self, numbers: Sequence[int]) -> "Rows":
         """The rows with these numbers, in this order."""
         return replace(self, dataset=self.dataset.select(numbers), lines=array("q", (self.lines[i] for i in numbers)))
+
+
+class BadRows:
+    """Rows that cannot be used: the first that is too many is an error.
+
+    Args:
+        most: How many may be left out.
+        found: Those that were left out already.
+    """
+
+    def __init__(self, most: int = 0, found: Sequence[Problem] = ()) -> None:
+        self.most = most
+        self.found = list(found)
+
+    def leave_out(self, error: DataError) -> None:
+        """Notes a row that cannot be used.
+
+        Raises:
+            DataError: Of the row, where none may be left out, or saying that there are too many.
+        """
+        if not self.most:
+            raise error
+        self.found += error.problems
+        if len(self.found) > self.most:
+            last = self.found[-1]
+            raise DataError(
+                f"{len(self.found)} rows cannot be used, data.max_bad_rows allows {self.most}; of the last one: "
+                f"{last.message}",
+                where=last.where,
+                fix="mend them, or raise data.max_bad_rows",
+            ) from error
 
 
 def read_rows(
@@ -83,6 +128,7 @@ def read_rows(
     split: str = "train",
     whole_text: bool = False,
     labelled: bool = True,
+    max_bad: int = 0,
     poll: Callable[[], None] = lambda: None,
 ) -> Rows:
     """Reads one split.
@@ -95,11 +141,13 @@ def read_rows(
         split: Default split of a Hub set.
         whole_text: Whether a txt file is one row; else each line is.
         labelled: Whether the columns that hold the answer must be there.
+        max_bad: How many rows may be left out because they cannot be used.
         poll: Called now and then, so that a signal is noticed.
 
     Raises:
-        DataError: The file is missing, damaged, or lacks a column or value.
+        DataError: The file is missing, damaged, lacks a column or value, or changed while it was read.
     """
+    bad = BadRows(max_bad)
     if source.hub is not None:
         name, records, digest = source.hub, _read_hub(source, split), ""
     else:
@@ -112,14 +160,17 @@ def read_rows(
         name = str(path)
         digest = "" if by_file else _sha256(path)
         main = next((c for c in ("image", "audio") if c in task.file_columns), "")
-        records = read_classes(path, main) if by_file else _read_file(path, whole_text)
+        records = read_classes(path, main) if by_file else _read_file(path, whole_text, bad)
         if not by_file and path.name in METADATA:
             records = ((line, {main: record.get("file_name"), **record}) for line, record in records)
-        return build_rows(
+        rows = build_rows(
             records, task, columns, name, digest, limit=source.limit, labelled=labelled, folder=folder,
-            by_file=by_file, poll=poll,
+            by_file=by_file, bad=bad, poll=poll,
         )  # fmt: skip
-    return build_rows(records, task, columns, name, digest, limit=source.limit, labelled=labelled, poll=poll)
+        if digest and _sha256(path) != digest:
+            raise DataError("the file changed while it was read", where=name, fix="run the command again")
+        return rows
+    return build_rows(records, task, columns, name, digest, limit=source.limit, labelled=labelled, bad=bad, poll=poll)
 
 
 def build_rows(
@@ -133,6 +184,7 @@ def build_rows(
     labelled: bool = True,
     folder: Path = Path(),
     by_file: bool = False,
+    bad: BadRows | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> Rows:
     """Keeps the task's columns of records; see :func:`read_rows`.
@@ -142,6 +194,7 @@ def build_rows(
     import datasets
 
     datasets.disable_progress_bars()
+    bad = bad or BadRows()
     lines = array("q")
     values: dict[str, list[Any]] = {}
     first: dict[str, Any] = {}
@@ -149,36 +202,75 @@ def build_rows(
     size = 0
     with Store() as store:
         for line, record in itertools.islice(records, limit):
-            if not lines:
-                templates = _templates(task, columns, record, f"{name}:{line}", labelled)
-                values = {column: [] for column in templates}
-            for column, template in templates.items():
-                value = _value(template, record, column, task, f"{name}:{line}")
-                if column in task.file_columns:
-                    value = resolve_file(str(value or ""), folder, column, f"{name}:{line}")
+            try:
+                if not lines:
+                    templates = _templates(task, columns, record, f"{name}:{line}", labelled)
+                    values = {column: [] for column in templates}
+                row = _row(templates, record, task, folder, f"{name}:{line}")
+            except DataError as error:
+                bad.leave_out(error)
+                continue
+            for column, value in row.items():
                 values[column].append(value)
                 size += size_of(value)
             lines.append(line)
-            first = first or {column: items[0] for column, items in values.items()}
-            if len(lines) % PART_ROWS == 0 or size > PART_BYTES:
-                _keep(store, values, first, lines, name)
+            first = first or row
+            if len(values[next(iter(values))]) >= PART_ROWS or size > PART_BYTES:
+                _keep(store, values, first, lines, name, bad)
                 values, size = {column: [] for column in templates}, 0
                 poll()
         if not lines:
-            raise DataError("there are no rows", where=name)
+            raise DataError(bad.found[:1]) if bad.found else DataError("there are no rows", where=name)
         if any(values.values()):
-            _keep(store, values, first, lines, name)
+            _keep(store, values, first, lines, name, bad)
         dataset = _finished(store, name)
     files = tuple(column for column in templates if column in task.file_columns)
     # Of files their bytes count, not where they lie.
     digest = digest or _digest_of_values(dataset.remove_columns(files))
     if files:
         digest = digest_of((row[column] for column in files for row in Records(dataset)), digest)
-    return Rows(dataset, lines, name, digest, templates, files, by_file)
+    return Rows(dataset, lines, name, digest, templates, files, by_file, tuple(bad.found), bad.most)
 
 
-def _keep(store: Store, values: dict[str, list[Any]], first: dict[str, Any], lines: "array[int]", name: str) -> None:
-    """Adds the last of the rows to the store; ``first`` is the first row of all."""
+def _row(templates: dict[str, str], record: dict[str, Any], task: TaskRow, folder: Path, where: str) -> dict[str, Any]:
+    """The task's columns of a record."""
+    row = {}
+    for column, template in templates.items():
+        value = _value(template, record, column, task, where)
+        if column in task.file_columns:
+            value = resolve_file(str(value or ""), folder, column, where)
+        row[column] = value
+    return row
+
+
+def _keep(
+    store: Store, values: dict[str, list[Any]], first: dict[str, Any], lines: "array[int]", name: str, bad: BadRows
+) -> None:
+    """Adds the last of the rows to the store, without those of another kind than ``first``, the first row of all."""
+    while True:
+        try:
+            _add(store, values, first, lines, name)
+            return
+        except _OtherKind as error:
+            bad.leave_out(error)
+            del lines[error.row - len(values[next(iter(values))])]
+            for items in values.values():
+                del items[error.row]
+
+
+class _OtherKind(DataError):
+    """A value of another kind than the first row's.
+
+    Args:
+        row: Its place among the rows that are added.
+    """
+
+    def __init__(self, message: str, row: int, *, where: str) -> None:
+        super().__init__(message, where=where, fix="write all of them in one way")
+        self.row = row
+
+
+def _add(store: Store, values: dict[str, list[Any]], first: dict[str, Any], lines: "array[int]", name: str) -> None:
     import pyarrow
 
     try:
@@ -189,11 +281,11 @@ def _keep(store: Store, values: dict[str, list[Any]], first: dict[str, Any], lin
         raise DataError("a number has more than 64 bits", where=name, fix="write it as text") from error
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         column, i = _mixed(values, first)
-        raise DataError(
-            f"the column {column} has values of several kinds: {first[column]!r} here, {values[column][i]!r} in "
-            f"line {lines[i - len(values[column])]}",
-            where=f"{name}:{lines[0]}",
-            fix="write all of them in one way",
+        raise _OtherKind(
+            f"the column {column} has values of several kinds: {values[column][i]!r} here, {first[column]!r} in "
+            f"line {lines[0]}",
+            i,
+            where=f"{name}:{lines[i - len(values[column])]}",
         ) from error
 
 
@@ -287,24 +379,31 @@ def _mixed(values: dict[str, list[Any]], first: dict[str, Any]) -> tuple[str, in
     """The column and the place of the first value that is of another kind than the first row's."""
     for column, items in values.items():
         for i, item in enumerate(items):
-            if _kind(item) != _kind(first[column]):
+            if not _is_one_kind(_kind(item), _kind(first[column])):
                 return column, i
     return next(iter(values)), 0
 
 
+def _is_one_kind(one: set[str], other: set[str]) -> bool:
+    """Whether values of these kinds stand in one column; an empty list goes with every list, nothing with all."""
+    empty = (set[str](), {"list"}) if "list" in one & other else (set[str](),)
+    return one == other or one in empty or other in empty
+
+
 def _kind(value: Any) -> set[str]:
-    items = value if isinstance(value, list) else [value]
-    return {type(value).__name__, *(type(item).__name__ for item in items)}
+    """The kinds of a value and its items, where all numbers are of one, and nothing is of none."""
+    kinds = [type(item) for item in (value, *value)] if isinstance(value, list) else [type(value)]
+    return {"number" if kind in (int, float) else kind.__name__ for kind in kinds if kind is not type(None)}
 
 
-def _read_file(path: Path, whole_text: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_file(path: Path, whole_text: bool, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     suffix = path.suffix.lower()
     readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
-        ".json": _read_json,
-        ".csv": lambda p: _read_csv(p, ","),
-        ".tsv": lambda p: _read_csv(p, "\t"),
+        ".jsonl": lambda p: _read_jsonl(p, bad),
+        ".ndjson": lambda p: _read_jsonl(p, bad),
+        ".json": lambda p: _read_json(p, bad),
+        ".csv": lambda p: _read_csv(p, ",", bad),
+        ".tsv": lambda p: _read_csv(p, "\t", bad),
         ".txt": lambda p: _read_txt(p, whole_text),
         ".parquet": _read_parquet,
     }
@@ -317,23 +416,34 @@ def _read_file(path: Path, whole_text: bool) -> Iterator[tuple[int, dict[str, An
     return readers[suffix](path)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(path):
-        if line.strip():
-            yield number, _record(_json(line, f"{path}:{number}"), f"{path}:{number}")
+        if not line.strip():
+            continue
+        try:
+            record = _record(_json(line, f"{path}:{number}"), f"{path}:{number}")
+        except DataError as error:
+            bad.leave_out(error)
+            continue
+        yield number, record
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     document = _json(_text_of(path), str(path))
     if not isinstance(document, list):
         raise DataError(
             "expected a list of objects", where=str(path), fix="one object a line belongs into a .jsonl file"
         )
     for number, item in enumerate(document, start=1):
-        yield number, _record(item, f"{path}:{number}")
+        try:
+            record = _record(item, f"{path}:{number}")
+        except DataError as error:
+            bad.leave_out(error)
+            continue
+        yield number, record
 
 
-def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, delimiter: str, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(_MAX_LINE)  # the default, 128 KiB, is less than a long document
     reader = csv.reader(_csv_lines(path), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -350,11 +460,14 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
                     raise DataError(f"the column {sorted(twice)[0]} stands twice in the header", where=f"{path}:1")
                 continue
             if len(cells) != len(header):
-                raise DataError(
-                    f"expected {len(header)} cells as in the header, found {len(cells)}",
-                    where=f"{path}:{start}",
-                    fix="put text that holds the separator in double quotes",
+                bad.leave_out(
+                    DataError(
+                        f"expected {len(header)} cells as in the header, found {len(cells)}",
+                        where=f"{path}:{start}",
+                        fix="put text that holds the separator in double quotes",
+                    )
                 )
+                continue
             yield start, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"this is not CSV: {error}", where=f"{path}:{line}") from error

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -371,6 +371,11 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in named
         if id(parameter) not in ticks and name not in head
     }
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Returns the name of the first tensor that holds NaN or infinity, None where none does."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def set_training(model: nn.Module, training: bool, *, base_dropout: bool = True) -> None:

@@ -82,8 +82,9 @@ def _check_data(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) -> Non
             wrong(f"data.{name}", "config, split and revision are only for hub data sets")
     same = _same_source(data.train, data.validation), _same_source(data.train, data.test)
     for name, is_same in zip(("validation", "test"), same, strict=True):
-        if is_same:
-            wrong(f"data.{name}", "these are the training rows", "name other rows, or {fraction: 0.1}")
+        if is_same and not data.allow_training_rows:
+            fix = "name other rows, or {fraction: 0.1}; or set data.allow_training_rows: true"
+            wrong(f"data.{name}", "these are the training rows", fix)
     fractions = [s.fraction for s in (data.validation, data.test) if s is not None and s.fraction is not None]
     if sum(fractions) >= 1:
         wrong("data", "the fractions leave no rows to train on")

@@ -40,7 +40,7 @@ Text = Annotated[
     WithJsonSchema({"type": "string", "minLength": 1}),
 ]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]  # more, and steps leave float32
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -278,11 +278,20 @@ class Data(Section):
     """Rows that choose the best checkpoint."""
     test: AnySource | None = None
     """Rows that only `eval` looks at."""
+    allow_training_rows: bool = False
+    """Whether validation and test may be the training rows themselves, as to see whether these can be learned at
+    all."""
     columns: dict[str, Text] = {}
     """What the task calls a column: what the file calls it, or a template such as `{question}\\n{answer}`."""
     separator: Annotated[str, BeforeValidator(_plain_text), Field(min_length=1)] | None = None
     """What stands between the labels of a row that has several in one cell, such as `|`; an empty cell is a row without
     any."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What a row does that cannot be used: a broken line, a column that is missing, empty or of another kind, or what
+    the task refuses. fail: nothing starts. skip: it is left out, counted and said; a file that is no text, or a whole
+    column that is not there, is an error all the same."""
+    max_bad_rows: Count = 100
+    """With `on_bad_row: skip`: the most rows of a split that may be left out; one more is an error."""
     max_length: Annotated[int, Field(ge=2, le=2**20)] = 128
     """Longest example, in tokens; longer ones are cut, and counted."""
     max_seconds: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 30.0
@@ -307,23 +316,23 @@ class Optimizer(Section):
 
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
-    lr: Positive = 2e-4
+    lr: Rate = 2e-4
     """Peak learning rate of Q, r and U."""
-    p_lr_ratio: Positive = 4.0
+    p_lr_ratio: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = 4.0
     """P learns at lr × p_lr_ratio, with weight_decay and eps divided by it: the same as a forward scale of
     this size on the tick, without one in the artefact."""
-    norm_lr: Positive = 1e-3
+    norm_lr: Rate = 1e-3
     """Peak learning rate of γ′ and β′."""
-    head_lr: Positive = 1e-3
+    head_lr: Rate = 1e-3
     """Peak learning rate of the task head."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.01
     """Decay of Q, U, P and the head's matrices; never of r, γ′, β′ and biases."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
         0.9,
         0.999,
     ]
     """AdamW's averaging coefficients."""
-    eps: Positive = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1e-8
     """AdamW's denominator term."""
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     """Largest norm of the whole gradient; null = no clipping."""
@@ -333,7 +342,8 @@ class Schedule(Section):
     """The learning rate over the run, in closed form."""
 
     name: Literal["linear", "cosine", "constant"] = "linear"
-    """What follows the warm-up: a decay towards zero, or a constant rate."""
+    """What follows the warm-up: a decay towards zero, or a constant rate. The last step's rate is not zero: of N steps
+    after the warm-up, that of linear is 1/N of the peak, that of cosine about 2.5/N²."""
     warmup: Ratio = 0.06
     """Share of the steps over which the learning rate rises to its peak."""
 

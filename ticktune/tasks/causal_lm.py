@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ticktune.errors import DataError, RecipeError, first_line
+from ticktune.errors import BaseModelError, DataError, RecipeError, first_line
 from ticktune.signals import limited
 from ticktune.tasks.answers import find_answer, is_same
 from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, token_loss
@@ -57,6 +57,7 @@ class CausalLm(NextToken):
     name: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
     default_metric: str = "perplexity"
+    cut: ClassVar[str] = "the beginning of the prompt, or the end of the response or conversation"
 
     def row_of(self, text: str) -> Row:
         """The text to continue, the prompt, or the user's turn of a conversation."""
@@ -93,6 +94,7 @@ class CausalLm(NextToken):
         its end. In conversations the assistant's turns are learned, each with its end-of-turn token.
         """
         examples: list[Example] = []
+        stops = self._stops() if labelled else set()
         for i, row in enumerate(rows):
             number = first + i
             if "messages" in row:
@@ -105,6 +107,7 @@ class CausalLm(NextToken):
             elif labelled:
                 windows = self._windows(str(row["text"]))
                 examples += [self._example(number, w, w) for w in windows]
+                report.count_end(bool(windows))
                 if not windows:
                     report.unsupervised.append(number)
                 continue
@@ -112,10 +115,10 @@ class CausalLm(NextToken):
                 parts = [(self._start(str(row["text"])), [])]
                 limit_from_start = False
             for ids, labels in parts:
-                examples += [
-                    example | self._to_answer(row, labelled)
-                    for example in self._cut(number, ids, labels, report, labelled, limit_from_start)
-                ]
+                made = self._cut(number, ids, labels, report, labelled, limit_from_start)
+                if labelled:
+                    report.count_end(any(label in stops for example in made for label in example["labels"][1:]))
+                examples += [example | self._to_answer(row, labelled) for example in made]
         return examples
 
     def show(self, example: Example) -> list[tuple[str, str]]:
@@ -220,6 +223,16 @@ class CausalLm(NextToken):
         windows = [ids[at : at + limit] for at in range(0, len(ids) - 1, limit - 1)]
         return [window for window in windows if len(window) > 1]
 
+    def _stops(self) -> set[int]:
+        """The tokens that end a text, or, where a chat template has others, a turn."""
+        added = self.tokenizer.added_tokens_decoder
+        special = (
+            {number for number, token in added.items() if token.special}
+            if "messages" in self.options.columns
+            else set()
+        )
+        return {self.tokenizer.eos_token_id} | special
+
     def _start(self, text: str) -> list[int]:
         # With the tokens that the tokenizer puts before a text (<s>), without one that it puts after it.
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
@@ -312,11 +325,16 @@ def build(
     """Checks that the tokenizer can end a text, and can render a conversation where that is needed.
 
     Raises:
-        DataError: It cannot.
+        BaseModelError: It cannot end a text.
+        DataError: It cannot render a conversation.
         RecipeError: Answers are looked for where there are no prompts.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-text token, so the model could not learn to stop")
+        raise BaseModelError(
+            "its tokenizer has no end-of-text token, so the model could not learn to stop",
+            where="base.model",
+            fix="name one as eos_token in its tokenizer_config.json",
+        )
     if "messages" in options.columns and not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template for the column messages",

@@ -77,6 +77,7 @@ class Seq2SeqLm(Task):
                 if len(targets[i]) > limit:
                     is_cut = True
                     report.cut_ends += 1
+                report.count_end(self._end in labels[-2:])
                 begin = targets[i][-1] if self.start is None else self.start
                 example |= {
                     "decoder_input_ids": [begin, *labels[:-1]],
@@ -213,8 +214,9 @@ def build(
     """Reads off the base how its decoder begins.
 
     Raises:
-        DataError: The tokenizer cannot end a text, or the model has fewer positions than max_length.
-        BaseModelError: The base is no encoder and decoder, or does not say how its decoder begins.
+        DataError: The model has fewer positions than max_length.
+        BaseModelError: The base is no encoder and decoder, does not say how its decoder begins, or its tokenizer
+            cannot end a text.
     """
     if not getattr(base_config, "is_encoder_decoder", False):
         raise BaseModelError(
@@ -223,7 +225,11 @@ def build(
             fix="use a base such as T5, BART or Marian, or the task causal-lm",
         )
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
-        raise DataError("the tokenizer has no end-of-text token, so the model could not learn to stop")
+        raise BaseModelError(
+            "its tokenizer has no end-of-text token, so the model could not learn to stop",
+            where="base.model",
+            fix="name one as eos_token in its tokenizer_config.json",
+        )
     positions = getattr(base_config, "max_position_embeddings", None)
     if isinstance(positions, int) and options.max_length > positions:
         raise DataError(

@@ -326,6 +326,7 @@ class GeneratedRecognition(_Speech):
                 if len(ids) > limit and (not report.truncated or report.truncated[-1] != first + i):
                     report.truncated.append(first + i)
                     report.cut_ends += 1
+                report.count_end(len(ids) <= limit)
                 labels = [IGNORED] * given + ids[given:]
                 example |= {
                     "decoder_input_ids": [self.start, *ids[:-1]][:limit],

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class EncodingReport:
         truncated: Places of rows that were cut; :meth:`Task.limit` says to what.
         unsupervised: Places of rows without anything to learn from; they give no example.
         cut_ends: How many of the truncated rows lost the end that must be learned.
+        ends: Rows whose end token is learned; None: the model writes nothing that could end.
         why: Why rows are unsupervised, where it is not that they were cut.
         items: Items of the rows, where a row is items that the base knows or not.
         unknown: How often each unknown one of them stands there.
@@ -78,9 +79,14 @@ class EncodingReport:
     truncated: list[int] = field(default_factory=list)
     unsupervised: list[int] = field(default_factory=list)
     cut_ends: int = 0
+    ends: int | None = None
     why: str = ""
     items: int = 0
     unknown: dict[str, int] = field(default_factory=dict)
+
+    def count_end(self, learned: bool) -> None:
+        """Notes of one more row whether its end token is learned."""
+        self.ends = (self.ends or 0) + learned
 
 
 class Task(ABC):
@@ -94,6 +100,8 @@ class Task(ABC):
     auto_class: str
     """Name of the transformers auto class."""
     options: TaskOptions
+    cut: ClassVar[str] = "their end"
+    """What examples lose that are too long."""
 
     @property
     @abstractmethod

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,6 +126,29 @@ def train_steps(
             skipped=overflow,
             scale=scale,
         )
+
+
+def try_step(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    compute: Compute,
+    *,
+    base_dropout: bool = True,
+) -> None:
+    """Computes the gradients of one micro-batch and throws them away, to see whether they fit into memory.
+
+    Weights, optimizer, scaler and the random state are as before. Args as :func:`train_steps`.
+    """
+    numpy_state = np.random.get_state()
+    devices = [compute.device] if compute.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        set_training(model, True, base_dropout=base_dropout)
+        _backward(model, task, compute.put(batch), max(1.0, task.weight(batch)), scaler, compute, 0)
+    np.random.set_state(numpy_state)
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _backward(
