@@ -21,6 +21,7 @@ import torch
 
 from tests.reliability.faults import can_trace
 from tests.reliability.runs import STEPS, Work, again, broken, hashes, judged, leftovers, result, small_work, tried
+from ticktune.files import write_json
 from ticktune.versions import versions
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
@@ -176,7 +177,6 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="part of a kind's name")
     only = parser.parse_args().only
     found: dict[str, Any] = {}
-    failures = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         soak = Soak(small_work(Path(folder) / "work"))
@@ -186,13 +186,19 @@ def main() -> int:
             started = time.monotonic()
             wrong = list(attempts())
             bad = [text for text in wrong if text]
-            failures += [f"{kind}: {text}" for text in bad]
             found[kind] = {"tried": len(wrong), "survived": len(wrong) - len(bad)}
             sys.stdout.write(f"{kind}: {found[kind]} in {time.monotonic() - started:.0f} s\n")
             sys.stdout.writelines(f"  {text}\n" for text in bad)
             sys.stdout.flush()
-    document = {
-        "command": " ".join([*(f"TMPDIR={folder}" for folder in [os.environ.get("TMPDIR")] if folder), _COMMAND]),
+            if not only:
+                write_json(RESULT, _document(found))
+    return 1 if any(kind["tried"] > kind["survived"] for kind in found.values()) else 0
+
+
+def _document(found: dict[str, Any]) -> dict[str, Any]:
+    place = [f"TMPDIR={folder}" for folder in [os.environ.get("TMPDIR")] if folder]
+    return {
+        "command": " ".join([*place, _COMMAND]),
         "seed": SEED,
         "steps": STEPS,
         "strace": can_trace(),
@@ -202,9 +208,6 @@ def main() -> int:
         "survived": sum(kind["survived"] for kind in found.values()),
         "faults": found,
     }
-    if not only:
-        RESULT.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return 1 if failures else 0
 
 
 if __name__ == "__main__":
