@@ -275,9 +275,8 @@ def test_tied_weights_are_tied_after_merging(tied: bool, tmp_path: Path) -> None
     config = LlamaConfig(**sizes, vocab_size=len(models.WORDS), pad_token_id=0, tie_word_embeddings=tied)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     models.word_tokenizer().save_pretrained(tmp_path / "base")
-    text = " ".join(f"w{i % 50}" for i in range(300))
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.txt").write_text(text)
+    for split, step in (("train", 1), ("validation", 3)):
+        (tmp_path / f"{split}.txt").write_text(" ".join(f"w{i * step % 50}" for i in range(300)))
     (tmp_path / "recipe.yaml").write_text(
         "task: causal-lm\nbase: {model: base}\nticks: {dim: 4}\n"
         "data: {train: train.txt, validation: validation.txt, max_length: 16}\n"

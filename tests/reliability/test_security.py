@@ -130,7 +130,13 @@ def test_pickles_beside_safe_weights_are_left_alone(folder: Path, canary: Canary
 @case("S1")
 def test_pickled_weights_under_a_safe_name_are_refused(folder: Path, canary: Canary) -> None:
     (folder / "base/model.safetensors").write_bytes(canary.pickle)
-    refused(3, "train", "r.yaml", cwd=folder, said=("base/model.safetensors: the weights are damaged",))
+    refused(
+        3,
+        "train",
+        "r.yaml",
+        cwd=folder,
+        said=("base/model.safetensors (r.yaml:2:8 base.model): the weights are damaged",),
+    )
 
 
 @case("S1")
@@ -562,7 +568,11 @@ def test_malformed_weights_are_refused_fast(
         assert time.process_time() - start < 1
         error = capsys.readouterr().err
         assert said in error
-        assert ("adapter.safetensors: the file" if code == 6 else "base/model.safetensors: the weights") in error
+        assert (
+            "adapter.safetensors: the file"
+            if code == 6
+            else "base/model.safetensors (r.yaml:2:8 base.model): the weights"
+        ) in error
         assert contents(copy) == before
 
 
@@ -570,7 +580,13 @@ def test_malformed_weights_are_refused_fast(
 def test_malformed_weights_end_a_process(folder: Path) -> None:
     for kind in ("twice", "overlap"):
         (folder / "base/model.safetensors").write_bytes(MALFORMED[kind][0])
-        refused(3, "inspect", "r.yaml", cwd=folder, said=("base/model.safetensors: the weights are damaged",))
+        refused(
+            3,
+            "inspect",
+            "r.yaml",
+            cwd=folder,
+            said=("base/model.safetensors (r.yaml:2:8 base.model): the weights are damaged",),
+        )
 
 
 @case("S5", "S6")
@@ -581,7 +597,9 @@ def test_a_million_tensors_are_refused_in_bounded_memory(folder: Path) -> None:
     )
     (folder / "base/model.safetensors").write_bytes(weights(header))
     start = time.monotonic()
-    said = ("base/model.safetensors: the weights are damaged: the header is longer than 32 MiB",)
+    said = (
+        "base/model.safetensors (r.yaml:2:8 base.model): the weights are damaged: the header is longer than 32 MiB",
+    )
     refused(3, "inspect", "r.yaml", cwd=folder, said=said)
     assert time.monotonic() - start < 20
 
