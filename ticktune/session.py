@@ -156,6 +156,7 @@ class Session:
                     self._evaluate(first=True)
                 elif self.progress.history[-1]["step"] < self.progress.step and self._evaluation_is_due():
                     self._evaluate()  # a stop came between the step and its evaluation
+                    self._save()
                 if not self._out_of_patience():
                     self._steps()
         except StopAsked as stop:

@@ -90,6 +90,11 @@ def test_an_evaluation_that_a_stop_and_a_kill_interrupt_stands_in_the_log_once(
     assert not again(work, name, whole)
 
 
+@case("C4", "C19")
+def test_a_stop_in_the_last_evaluation_leaves_the_same_state(work: Work, whole: dict[str, Any], name: str) -> None:
+    assert not tried(work, name, whole, "TERM@ticktune.session.score#4", code=143)
+
+
 @case("C15")
 def test_no_row_is_repeated_or_left_out(work: Work, name: str) -> None:
     rows = {}
