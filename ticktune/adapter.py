@@ -191,9 +191,15 @@ def attach_adapter(model: nn.Module, directory: Path, facts: AdapterFacts) -> No
     Raises:
         CheckpointError: The adapter does not fit this model, which then is as it was.
     """
-    tensors = read_tensors(directory)
+    tensors, plan = read_tensors(directory), Plan(**facts.plan)
+    dims = {tensor.shape[:1].numel() for name, tensor in tensors.items() if name.endswith(".Q")}
+    if plan.dim and any(plan.layers.values()) and plan.dim not in dims:  # before memory is asked for
+        raise CheckpointError(
+            f"{FACTS} says that the ticks have dim {plan.dim}, the tensors have {sorted(dims) or 'none'}",
+            where=str(directory),
+        )
     try:
-        attach_plan(model, Plan(**facts.plan))
+        attach_plan(model, plan)
         try:
             load_adapter_state(model, tensors)
         except PatchError:

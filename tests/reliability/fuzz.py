@@ -25,7 +25,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fuzz.json"
 ALLOWED = {0, 2, 3, 4, 5, 6, 7, 8, 9}
-SECONDS = 30.0  # an input that takes longer hangs
+SECONDS = 60.0  # an input that takes longer by the clock hangs
 
 ODD_VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 8, 65536, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-4, 1e308, float("nan"),
@@ -68,7 +68,7 @@ class Answer:
     Args:
         code: The exit code; -1 where it hung.
         error: What it wrote to standard error.
-        seconds: How long it took.
+        seconds: What it computed, as other programs may be busy; in a process of its own, by the clock.
     """
 
     code: int
@@ -137,14 +137,14 @@ class Stage:
         """Runs the command line's main function on an input, in this process."""
         from ticktune.cli import entry
 
-        error, start, code = io.StringIO(), time.perf_counter(), -1
+        error, start, code = io.StringIO(), time.process_time(), -1
         with self.holding(given.files), contextlib.chdir(self.folder), _alarm(SECONDS):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
                 try:
                     code = entry(given.words)
                 except _TooLong:
                     error.write("it hangs")
-        return Answer(code, error.getvalue(), time.perf_counter() - start)
+        return Answer(code, error.getvalue(), time.process_time() - start)
 
     def launch(self, given: Input) -> Answer:
         """Runs the command line on an input, in a process of its own."""
@@ -405,13 +405,14 @@ def fuzz(stage: Stage, *, seed: int, numbers: range, launched: int = 0) -> dict[
     """
     codes: dict[str, Counter[str]] = {}
     bad: list[dict[str, Any]] = []
-    longest, start = (0.0, 0), time.perf_counter()
+    longest, start = (0.0, 0), time.process_time()
     apart = {numbers[i * len(numbers) // launched] for i in range(launched)}
     for number in numbers:
         given = make(seed, number, stage)
         answer = stage.launch(given) if number in apart else stage.answer(given)
         codes.setdefault(given.kind, Counter())[str(answer.code)] += 1
-        longest = max(longest, (answer.seconds, number))
+        if number not in apart:
+            longest = max(longest, (answer.seconds, number))
         if answer.is_bad:
             bad.append({"number": number, "words": given.words, "code": answer.code, "error": answer.error[:400]})
     return {
@@ -419,9 +420,9 @@ def fuzz(stage: Stage, *, seed: int, numbers: range, launched: int = 0) -> dict[
         "inputs": sum(sum(found.values()) for found in codes.values()),
         "in_processes_of_their_own": launched,
         "exit_codes_by_kind": {kind: dict(sorted(found.items())) for kind, found in sorted(codes.items())},
-        "longest_seconds": round(longest[0], 2),
+        "longest_cpu_seconds": round(longest[0], 2),
         "longest_number": longest[1],
-        "seconds": round(time.perf_counter() - start),
+        "cpu_seconds": round(time.process_time() - start),
         "bad": bad,
     }
 

@@ -248,6 +248,10 @@ def _check_events(text: str, source: str) -> None:
             raise RecipeError("anchors and aliases are not used in recipes", where=place, fix="write it out")
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag not in (None, "!"):
             raise RecipeError(f"the tag {event.tag} is not used in recipes", where=place, fix="remove it")
+        if isinstance(event, yaml.ScalarEvent) and any("\ud800" <= c <= "\udfff" for c in event.value):
+            raise RecipeError(
+                "half of a surrogate pair, which is not text", where=place, fix="write the whole character"
+            )
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         values += isinstance(event, yaml.ScalarEvent)

@@ -5,17 +5,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+<<<<<<< HEAD
 from typing import Any, ClassVar
+=======
+from typing import Annotated, Any
+>>>>>>> hostile
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ticktune.errors import UsageError
+from ticktune.recipe.schema import Ratio
 from ticktune.registry import TASKS
 
 Row = dict[str, Any]
 Example = dict[str, Any]
 Batch = dict[str, Any]
+
+# Ranges that hold for what an adapter recorded too.
+Size = Annotated[int, Field(ge=0, lt=2**31)]
 
 IGNORED = -100
 """Label of a position that carries no loss, as torch's cross entropy has it."""
@@ -45,15 +54,15 @@ class TaskOptions:
     """
 
     columns: tuple[str, ...]
-    max_length: int
+    max_length: Size
     problem: str = "auto"
-    max_new_tokens: int = 128
-    num_beams: int = 1
-    overlap: int = 64
+    max_new_tokens: Size = 128
+    num_beams: Size = 1
+    overlap: Size = 64
     answer: str | None = None
-    threshold: float = 0.5
+    threshold: Ratio = 0.5
     class_weights: str = "none"
-    label_smoothing: float = 0.0
+    label_smoothing: Ratio = 0.0
     augment: dict[str, float] = field(default_factory=dict)
     classes: dict[str, list[int]] = field(default_factory=dict)
     max_seconds: float = 30.0
