@@ -352,6 +352,28 @@ def test_another_error_passes_through(tmp_path: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "x")
 
 
+def test_a_probe_that_a_killed_process_left_is_removed_and_no_link_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").write_text("mine")
+
+    def killed(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", killed)
+        with pytest.raises(KeyboardInterrupt):
+            files.check_writable(tmp_path / "out")
+    [left] = names(tmp_path / "out")
+    files.check_writable(tmp_path / "out")
+    assert names(tmp_path / "out") == []
+    (tmp_path / "out" / left).symlink_to(tmp_path / "mine")
+    files.check_writable(tmp_path / "out")
+    assert names(tmp_path / "out") == []
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_writable_directory_is_made_and_left_empty(tmp_path: Path) -> None:
     files.check_writable(tmp_path / "a" / "b")
     assert names(tmp_path / "a" / "b") == []

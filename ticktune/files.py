@@ -471,11 +471,12 @@ def check_writable(directory: Path) -> None:
     Raises:
         ResourceError: It cannot.
     """
-    probe = directory / f"{_TEMPORARY}{secrets.token_hex(6)}"
+    probe = directory / f"{_TEMPORARY}probe"  # one name: what a killed process leaves, the next one removes
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with probe.open("x"):
-            probe.unlink()
+        probe.unlink(missing_ok=True)
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW))
+        probe.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> Any:

@@ -42,11 +42,11 @@ class Soak:
 
     def __init__(self, work: Work) -> None:
         self.work, self.draw = work, random.Random(SEED)
-        trace = work.folder / "trace"
-        done = work.train("whole", f"trace={trace}")
-        assert done.returncode == 0, done.stderr
+        assert work.train("whole").returncode == 0
+        trace = work.folder / "trace"  # of a second run: the first makes the folder of runs too
         started = time.monotonic()
-        assert work.train("timed").returncode == 0
+        done = work.train("timed", f"trace={trace}")
+        assert done.returncode == 0, done.stderr
         self.seconds = time.monotonic() - started
         self.whole = result(work.run("whole"))
         self.calls = _numbered(trace)
