@@ -10,7 +10,6 @@ from ticktune.base import BaseFiles, fingerprint, fingerprint_in_memory, stored_
 from ticktune.errors import BaseModelError, CheckpointError, PatchError
 from ticktune.files import (
     as_record,
-    load_weights,
     new_directory,
     read_json,
     sha256_json,
@@ -33,6 +32,7 @@ from ticktune.quantize import is_quantized
 from ticktune.registry import TASKS
 from ticktune.report.card import adapter_card
 from ticktune.tasks.task import TaskOptions
+from ticktune.weights import load_weights
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"

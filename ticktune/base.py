@@ -16,9 +16,10 @@ from torch import nn
 from ticktune.device import DTYPES, is_out_of_memory
 from ticktune.diagnosis import class_of, config_problem, model_problem
 from ticktune.errors import BaseModelError, Problem, ResourceError, first_line
-from ticktune.files import input_path, sha256_json, weights_header
+from ticktune.files import input_path, sha256_json
 from ticktune.quantize import check_package, is_coded, plain_parts
 from ticktune.versions import require
+from ticktune.weights import weights_header
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

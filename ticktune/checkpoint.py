@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ticktune.console import Console
 from ticktune.errors import CheckpointError, NumericsError, PatchError
-from ticktune.files import load_weights, new_directory, read_json, remove_directory, verify_directory, write_json
+from ticktune.files import new_directory, read_json, remove_directory, verify_directory, write_json
 from ticktune.patch.attach import adapter_parameters, adapter_state, load_adapter_state, not_finite
+from ticktune.weights import load_weights
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")

@@ -39,6 +39,7 @@ from ticktune.quantize import check_possible, is_coded, loading_arguments
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Data, Source
 from ticktune.registry import TASKS
+from ticktune.remarks import say_bad_rows, say_counts, say_report
 from ticktune.tasks.task import Task, TaskOptions, build_task, restore_task
 
 Poll = Callable[[], None]
@@ -137,7 +138,7 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     _check_metric(loaded, task)
     report = audit(rows, row, _control_tokens(processor) if row.processor == "tokenizer" else None)
     for name, counts in report.items():
-        _say_counts(counts, name, len(rows[name]), console)
+        say_counts(counts, name, len(rows[name]), console)
         counts["left_out"] = len(rows[name].bad)
     dtype = training_dtype(recipe.base.dtype, base, compute.precision, compute.device.type)
     prepared = Prepared(loaded, compute, base, dtype, processor, task, rows, report)
@@ -205,14 +206,6 @@ def _chosen(rows: Rows, numbers: Sequence[int]) -> Rows:
     return rows if len(numbers) == len(rows) else rows.select(numbers)
 
 
-def say_bad_rows(rows: Rows, name: str, console: Console) -> None:
-    """Warns of rows that were left out because they cannot be used."""
-    if rows.bad:
-        count, total = len(rows.bad), len(rows.bad) + len(rows)
-        found = "; ".join(f"{problem.where}: {problem.message}" for problem in rows.bad[:3])
-        console.warn(f"{name}: {count} of {total} rows ({100 * count / total:.1f} %) cannot be used, left out: {found}")
-
-
 def _refuse_training_rows(loaded: LoadedRecipe, rows: dict[str, Rows]) -> None:
     """Refuses validation and test rows that are read from the training file."""
     if loaded.recipe.data.allow_training_rows:
@@ -248,20 +241,6 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
     written = {tokenizer.mask_token, tokenizer.unk_token}
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - written
     return re.compile("|".join(map(re.escape, sorted(tokens)))) if tokens else None
-
-
-def _say_counts(counts: dict[str, int], name: str, rows: int, console: Console) -> None:
-    def share(count: int) -> str:
-        return f"{count} of the {rows} {name} rows ({100 * count / rows:.1f} %)"
-
-    if counts.get("training"):
-        console.warn(f"{share(counts['training'])} are training rows too")
-    if counts["contradicted"]:
-        console.warn(f"{share(counts['contradicted'])} have the same input as a row with another label")
-    if counts["control"]:
-        console.warn(f"{share(counts['control'])} hold a text that the tokenizer reads as a control token")
-    if counts["repeated"]:
-        console.note(f"{share(counts['repeated'])} repeat an earlier row")
 
 
 def _refuse_endless(examples: Encoded, task: Task) -> None:
@@ -567,40 +546,4 @@ def _check_metric(loaded: LoadedRecipe, task: Task) -> None:
         raise RecipeError(
             f"these rows make a problem with the metrics {', '.join(known)}, found {asked}",
             where=loaded.where("evaluation.metric"),
-        )
-
-
-def say_report(examples: Encoded, name: str, task: Task, console: Console) -> None:
-    """Warns of what was cut, left out or unknown on the way from rows to examples.
-
-    Args:
-        examples: Of the rows.
-        name: Of the split or file.
-        task: The task, which says what examples are cut to.
-        console: Where to print.
-    """
-    report, count = examples.report, len(examples.source)
-    if report.truncated:
-        share = 100 * len(report.truncated) / count
-        places = ", ".join(examples.source.where(i) for i in report.truncated[:3])
-        lost = f" and lost {task.cut}" if task.cut else " and were cut"
-        cut = f", {report.cut_ends} of them at the end of what is learned" if report.cut_ends else ""
-        console.warn(
-            f"{name}: {len(report.truncated)} of {count} rows ({share:.1f} %) are longer than "
-            f"{task.limit()}{lost}{cut}: {places}"
-        )
-    if report.unsupervised:
-        places = ", ".join(examples.source.where(i) for i in report.unsupervised[:3])
-        share = 100 * len(report.unsupervised) / count
-        because = f"({report.why})" if report.why else f"after cutting to {task.limit()}"
-        console.warn(
-            f"{name}: {len(report.unsupervised)} of {count} rows ({share:.1f} %) have nothing to learn from {because} "
-            f"and were left out: {places}"
-        )
-    if report.unknown:
-        total = sum(report.unknown.values())
-        frequent = sorted(report.unknown, key=lambda item: -report.unknown[item])
-        console.warn(
-            f"{name}: {total} of {report.items} items ({100 * total / report.items:.1f} %) are unknown to the base, "
-            f"{len(frequent)} different ones: {', '.join(frequent[:5])}{', ...' if len(frequent) > 5 else ''}"
         )

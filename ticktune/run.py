@@ -54,8 +54,6 @@ from ticktune.prepare import (
     load_target,
     load_trainable,
     prepare,
-    say_bad_rows,
-    say_report,
     usable_rows,
 )
 from ticktune.quantize import MERGE_WAY_OUT
@@ -63,6 +61,7 @@ from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Recipe
 from ticktune.registry import TASKS
+from ticktune.remarks import say_bad_rows, say_report
 from ticktune.rows import drift_from_training, evaluation_rows, evidence_of, prediction_rows
 from ticktune.session import Session, begin, recipe_identity
 from ticktune.signals import Signals, StopAsked, watched_signals

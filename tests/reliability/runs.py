@@ -14,7 +14,7 @@ from tests.end_to_end.support import classification, write_rows
 from tests.launch import Launched, launch
 from tests.reliability.faults import plan
 from ticktune.errors import CheckpointError
-from ticktune.files import MANIFEST, new_directory, verify_directory
+from ticktune.files import MANIFEST, new_directory, sha256_file, verify_directory
 
 STEPS, PER_EPOCH, EVERY = 12, 4, 2
 """Steps of the run and of an epoch; a checkpoint every so many steps."""
@@ -89,8 +89,8 @@ def result(run: Path) -> dict[str, Any]:
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "status": record["status"],
-        "adapter": sha256(run / "adapter/adapter.safetensors"),
-        "last": {name: sha256(newest / f"{name}.safetensors") for name in ("adapter", "optimizer", "best")},
+        "adapter": sha256_file(run / "adapter/adapter.safetensors"),
+        "last": {name: sha256_file(newest / f"{name}.safetensors") for name in ("adapter", "optimizer", "best")},
         "newest": newest.name,
         "history": record["history"],
         "log": [{k: v for k, v in entry.items() if k != "rows_per_second"} for entry in log],
@@ -129,12 +129,7 @@ def leftovers(folder: Path) -> list[str]:
 def hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below a folder, the lock aside."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): sha256(path) for path in files}
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
 def tried(work: Work, name: str, whole: dict[str, Any], *plans: str, code: int) -> str:

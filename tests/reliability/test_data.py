@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import time
@@ -21,6 +20,7 @@ from tests.reliability.recipes import (
     files,
     jsonl,
     labelled,
+    limit_memory,
     record,
     refused,
     tokenizer_base,
@@ -33,13 +33,6 @@ def evaluated(ticktune: Run, folder: Path, *words: object) -> Any:
     done = ticktune("--json", "eval", *words, cwd=folder)
     done_well(done)
     return json.loads(done.stdout)
-
-
-def limit_memory(process: Launched, size: int) -> None:
-    """Lets a process allocate so many bytes more than the fork began with."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    held = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (held * 1024 + size,) * 2)
 
 
 @case("D1")

@@ -15,6 +15,7 @@ import torch
 from tests.launch import launch
 from tests.reliability.catalogue import case
 from tests.reliability.faults import plan
+from tests.reliability.recipes import refused
 from tests.reliability.runs import Work, broken, hashes, leftovers, remade, run_name, small_work
 from ticktune.files import sha256_file, verify_directory
 
@@ -34,13 +35,6 @@ def name(work: Work, request: pytest.FixtureRequest) -> str:
     """A copy of the finished and merged run."""
     work.copy("whole", name := run_name(request.node.name))
     return name
-
-
-def refused(done: "subprocess.CompletedProcess[str]", code: int, *said: str) -> None:
-    assert done.returncode == code, done.stderr
-    for text in said:
-        assert text in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def changed(run: Path, change: Any) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.reliability.catalogue import case
 from tests.reliability.faults import can_trace
 from tests.reliability.golden import FOLDER, SAVED
 from tests.reliability.golden import STEPS as LAST
+from tests.reliability.recipes import refused
 from tests.reliability.runs import Work, again, broken, hashes, leftovers, remade, result, run_name, small_work, tried
 
 NEWEST = "checkpoints/step-00000006"
@@ -43,13 +43,6 @@ def name(work: Work, request: pytest.FixtureRequest) -> str:
     """A copy of the stopped run."""
     work.copy("stopped", name := run_name(request.node.name))
     return name
-
-
-def refused(done: "subprocess.CompletedProcess[str]", code: int, *said: str) -> None:
-    assert done.returncode == code, done.stderr
-    for text in said:
-        assert text in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 # Signals

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.reliability.recipes import (
     files,
     jsonl,
     labelled,
+    limit_memory,
     logged,
     record,
     refused,
@@ -197,13 +197,6 @@ def test_the_learning_rate_is_its_closed_form(tmp_path: Path, tiny_bert: Path, t
     continued_from(tmp_path / "run", 5)
     done_well(ticktune("train", recipe, cwd=tmp_path), "going on after step 5")
     assert logged(tmp_path / "run", "lr") == pytest.approx(expected, rel=1e-12)
-
-
-def limit_memory(process: Launched, size: int) -> None:
-    """Lets a process allocate so many bytes more than its fork began with."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    held = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (held * 1024 + size,) * 2)
 
 
 @case("N8")

@@ -80,9 +80,6 @@ class Canary:
         self.python = f"open({str(path)!r}, 'w').close()\n"
         self.pickle = pickle.dumps(_Payload(f"touch '{path}'"))
 
-    def __reduce__(self) -> Any:
-        raise NotImplementedError
-
 
 class _Payload:
     def __init__(self, command: str) -> None:
@@ -552,6 +549,8 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 def test_malformed_weights_are_refused_fast(
     copy: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import tests.preload  # noqa: F401  (the seconds below are not those of imports)
+
     data, said = MALFORMED[kind]
     monkeypatch.chdir(copy)
     adapter = copy / "runs/tiny/adapter"
@@ -813,13 +812,14 @@ def test_a_limit_ends_with_its_block() -> None:
     import resource
     import signal
 
-    from ticktune.signals import limited
+    from ticktune.limits import limited
 
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
     with pytest.raises(MemoryError), limited(5, 1 << 28):
         bytearray(1 << 30)
     with pytest.raises(TimeoutError), limited(0.1, 1 << 28):
-        sum(range(10**12))
+        while True:
+            pass
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     assert len(bytearray(1 << 29)) == 1 << 29
@@ -935,8 +935,8 @@ def watch(event, args):
 sys.addaudithook(watch)
 from ticktune.cli import entry
 codes = [entry(words) for words in (
-    ["train", "r.yaml"], ["eval", "runs/tiny", "--data", "rows.jsonl"], ["predict", "runs/tiny", "w1"],
-    ["inspect", "r.yaml"], ["export", "runs/tiny", "--merge"], ["eval", "runs/tiny/merged", "--data", "rows.jsonl"],
+    ["train", "r.yaml"], ["eval", "runs/tiny", "--data", "other.jsonl"], ["predict", "runs/tiny", "w1"],
+    ["inspect", "r.yaml"], ["export", "runs/tiny", "--merge"], ["eval", "runs/tiny/merged", "--data", "other.jsonl"],
 )]
 open("seen.json", "w").write(json.dumps([codes, events]))
 """
@@ -945,6 +945,7 @@ open("seen.json", "w").write(json.dumps([codes, events]))
 @case("S12")
 def test_local_inputs_open_no_connection(folder: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_HUB", "TRANSFORMERS_", "HF_DATASETS"))}
+    (folder / "other.jsonl").write_text('{"text": "w9 w31", "label": "small"}\n{"text": "w32", "label": "large"}\n')
     words = [sys.executable, "-c", OFFLINE]
     # Where the kernel allows it, in a network of its own without any interface; the audit hook looks either way.
     cut_off = (

@@ -13,8 +13,8 @@ from ticktune.console import Console
 from ticktune.data.encode import encode_rows
 from ticktune.data.read import build_rows
 from ticktune.errors import DataError
-from ticktune.prepare import say_report
 from ticktune.registry import TASKS
+from ticktune.remarks import say_report
 from ticktune.tasks.next_item import NextItem
 from ticktune.tasks.task import IGNORED, EncodingReport, Example, Row, TaskOptions, build_task, restore_task
 

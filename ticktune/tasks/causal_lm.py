@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import BaseModelError, DataError, RecipeError, first_line
-from ticktune.signals import limited
+from ticktune.limits import limited
 from ticktune.tasks.answers import find_answer, is_same
 from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, token_loss
 
