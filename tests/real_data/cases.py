@@ -100,7 +100,7 @@ def reviews(data: Path, folder: Path) -> Case:
     parts = {name: pretrain.reviews(data, name, hotels=False)[:count] for name, count in counts.items()}
     words = [f"base.model={base}", "data.max_length=48", "training={epochs: 3, batch_size: 16, precision: fp32}"]
     words += [f"data.{name}={write_rows(folder / f'{name}.jsonl', part)}" for name, part in parts.items()]
-    rates = {"lr": 7e-4, "norm_lr": 2e-3, "head_lr": 2e-3}
+    rates = {"lr": 1.4e-3, "norm_lr": 4e-3, "head_lr": 4e-3}
     return Case("reviews", words, rates, 1e-2, parts["test"], right)
 
 
@@ -368,17 +368,17 @@ def scenes(data: Path, folder: Path) -> Case:
 
 
 def objects(data: Path, folder: Path) -> Case:
-    """The written digits 5 to 9 on darkened photographs, by a small DETR that finds 0 to 4."""
+    """The written digits 5, 6 and 7 on darkened photographs, by a small DETR that finds 0 to 4."""
     base = pretrain.detection_model(data, folder, size=48)
-    counts = {"train": 2000, "validation": 150, "test": 300}
+    counts = {"train": 1400, "validation": 150, "test": 300}
     for seed, (split, count) in enumerate(counts.items(), start=2):
-        pretrain.digit_scenes(data, folder / split, split, "56789", count, size=48, seed=seed)
+        pretrain.digit_scenes(data, folder / split, split, "567", count, size=48, seed=seed)
     words = [f"base.model={base}", "training={batch_size: 32, epochs: 4, precision: fp32}"]
     words += [f"data={{train: {folder}/train, validation: {folder}/validation, test: {folder}/test}}"]
     rows = read_rows(folder / "test/metadata.jsonl")
     rows = [{"image": f"{folder}/test/{row['file_name']}", "objects": row["objects"]} for row in rows]
-    rates = {"lr": 4e-3, "norm_lr": 1e-2, "head_lr": 4e-3}
-    return Case("objects", words, rates, 4e-3, rows, lambda answer, row: fit(answer["objects"], row["objects"]))
+    rates = {"lr": 1e-2, "norm_lr": 2.5e-2, "head_lr": 1e-2}
+    return Case("objects", words, rates, 1e-2, rows, lambda answer, row: fit(answer["objects"], row["objects"]))
 
 
 def fit(found: list[Row], truth: Row) -> float:

@@ -1,6 +1,8 @@
 """The command line as the real-data tests use it, and programs that know nothing of ticktune."""
 
+import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,16 +44,23 @@ def document(done: "subprocess.CompletedProcess[str]") -> Any:
 
 def stock(program: str, *words: Path | str, lines: list[Any]) -> list[Any]:
     """What a program without ticktune says, in a process of its own: JSON lines for the JSON lines that it is given."""
-    program += "\nassert not any(name.partition('.')[0] == 'ticktune' for name in sys.modules)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, words)],
-        input="".join(json.dumps(line) + "\n" for line in lines),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    server = _stock_server()
+    assert server.stdin
+    assert server.stdout
+    request = {"program": program, "words": [*map(str, words)], "lines": [json.dumps(line) for line in lines]}
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer = json.loads(server.stdout.readline())
+    assert answer["status"] == 0, answer["error"]
+    return [json.loads(line) for line in answer["output"].splitlines()]
+
+
+@functools.cache
+def _stock_server() -> "subprocess.Popen[str]":
+    """A process that has transformers imported, and not ticktune; programs run in forks of it."""
+    words = [sys.executable, "-P", str(Path(__file__).with_name("stock_server.py"))]
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=outside)
 
 
 def better_than_the_head(case: Case, ticktune: Run, folder: Path) -> list[Row]:

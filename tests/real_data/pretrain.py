@@ -10,6 +10,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -360,18 +361,35 @@ def small_bert(vocabulary: int, *, layers: int = 3) -> Any:
     )  # fmt: skip
 
 
-def wordpiece_tokenizer(texts: list[str], size: int, target: Path) -> Any:
-    """A BERT tokenizer of ``size`` tokens, learned from texts and saved; a Chinese character is a word."""
+def wordpiece_tokenizer(texts: list[str], size: int, target: Path, *, letters: int = 1000) -> Any:
+    """A BERT tokenizer of up to ``size`` tokens, saved: the most frequent letters and words of texts.
+
+    A Chinese character is a word. The trainer of ``tokenizers`` would learn other tokens in each run.
+    """
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
 
     inner = BertWordPieceTokenizer(lowercase=True)
-    inner.train_from_iterator(texts, vocab_size=size, show_progress=False)
+    split = (inner.pre_tokenizer.pre_tokenize_str(inner.normalizer.normalize_str(text)) for text in texts)
+    words = Counter(word for pieces in split for word, _ in pieces)
+    first, later = Counter[str](), Counter[str]()
+    for word, count in words.items():
+        first.update(dict.fromkeys(word, count))
+        later.update(dict.fromkeys(word[1:], count))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *frequent(first)[:letters]]
+    tokens += [f"##{letter}" for letter in frequent(later)[:letters]]
+    tokens += [word for word in frequent(words) if len(word) > 1]
+    vocabulary = {token: number for number, token in enumerate(tokens[:size])}
     target.mkdir(parents=True, exist_ok=True)
-    inner.save(str(target / "tokenizer.json"))
+    BertWordPieceTokenizer(vocabulary, lowercase=True).save(str(target / "tokenizer.json"))
     tokenizer = BertTokenizerFast(tokenizer_file=str(target / "tokenizer.json"))
     tokenizer.save_pretrained(target)
     return tokenizer
+
+
+def frequent(counts: Counter[str]) -> list[str]:
+    """The most frequent first; of those that are as frequent, in their own order."""
+    return sorted(counts, key=lambda text: (-counts[text], text))
 
 
 def masked_model(data: Path, target: Path, *, steps: int = 140) -> Path:
