@@ -175,8 +175,9 @@ def predict(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN] [TEXT…|FILE|-]",
-            help="Perhaps a run; then texts, a file (txt: one example a line), or - for standard input.",
+            metavar="[RUN] [TEXT…|FILE|DIR|-]",
+            help="Perhaps a run; then texts, a file (txt: one example a line), pictures or sounds and folders of them, "
+            "or - for standard input.",
         ),
     ] = None,
     base: BaseOption = None,

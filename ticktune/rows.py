@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def prediction_rows(words: Sequence[str], used: Loaded, standard_input: Callable
     """Reads rows without answers; every text is a row, an empty one too, and so is every picture or sound.
 
     Args:
-        words: Texts, pictures or sounds, one file of rows, or ``-``; none: standard input.
+        words: Texts; pictures or sounds, and folders of them; one file of rows; or ``-``. None: standard input.
         used: The model, for its task's columns.
         standard_input: Reads it.
 
@@ -73,10 +74,11 @@ def prediction_rows(words: Sequence[str], used: Loaded, standard_input: Callable
         DataError: There is no text, or it is not UTF-8.
     """
     assert used.facts.task is not None
+    row = TASKS[used.facts.task["name"]]
     if not words or list(words) == ["-"]:
         texts, name = text_lines(standard_input(), "standard input"), "standard input"
-    elif _all_media(words, TASKS[used.facts.task["name"]].file_columns):
-        texts, name = list(words), "command line"
+    elif media := _media_among(words, row.file_columns):
+        texts, name = media, "command line"
     elif (file := _file_among(words)) is not None:
         if file.suffix in SUFFIXES and file.suffix != ".txt":
             return read_file(file, used.facts, labelled=False)
@@ -87,13 +89,25 @@ def prediction_rows(words: Sequence[str], used: Loaded, standard_input: Callable
         raise DataError("there is no text to predict", where=name)
     records = [(number, used.task.row_of(text)) for number, text in enumerate(texts, start=1)]
     columns = {column: column for column in records[0][1]}
-    return build_rows(records, TASKS[used.facts.task["name"]], columns, name, labelled=False)
+    rows = build_rows(records, row, columns, name, labelled=False)
+    return replace(rows, by_file=bool(rows.files) and name == "command line")
 
 
-def _all_media(words: Sequence[str], columns: Collection[str]) -> bool:
-    """Whether the words name pictures or sounds, for a task that reads them."""
+def _media_among(words: Sequence[str], columns: Collection[str]) -> list[str]:
+    """The pictures or sounds that the words and the folders among them are, for a task that reads such; else none."""
     endings = tuple(ending for column in columns for ending in MEDIA.get(column, ()))
-    return bool(endings) and all(word.lower().endswith(endings) for word in words)
+    files: list[str] = []
+    for word in words if endings else ():
+        if os.path.isdir(word):
+            inside = sorted(str(path) for path in Path(word).rglob("*") if path.name.lower().endswith(endings))
+            if not inside:
+                raise UsageError(f"the folder holds no file that ends in {', '.join(endings)}", where=word)
+            files += inside
+        elif word.lower().endswith(endings):
+            files.append(word)
+        else:
+            return []
+    return files
 
 
 def _file_among(words: Sequence[str]) -> Path | None:

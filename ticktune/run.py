@@ -236,7 +236,7 @@ def predict_rows(
     """Prints one prediction a row.
 
     Args:
-        words: Perhaps a run, then texts, one file, or ``-``; none: standard input.
+        words: Perhaps a run, then texts, files, folders or ``-``; none: standard input. See :func:`prediction_rows`.
         console: Where to print.
         standard_input: Reads it.
         base: The base, where the recorded one cannot be found.
@@ -265,7 +265,11 @@ def predict_rows(
             save_picture(picture, draw / f"{name}.png")
             if (mask := used.task.mask(answer)) is not None:
                 save_picture(mask, draw / f"{name}-mask.png")
-        console.line(answer, used.task.describe(answer))
+        if rows.by_file:
+            name = rows.where(number)
+            console.line({rows.files[0]: name, **answer}, f"{name}: {used.task.describe(answer)}")
+        else:
+            console.line(answer, used.task.describe(answer))
 
 
 def export(

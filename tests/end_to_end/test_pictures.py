@@ -1,6 +1,7 @@
 """Tasks of pictures by the command line: training, predictions as JSON, drawings, and rows that cannot be used."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,26 @@ def test_a_segmenter_learns_predicts_draws_and_merges(segmenter: Path, ticktune:
     assert (found == truth).mean() > 0.8
     with Image.open(segmenter / "drawn/p6-1.png") as drawn:
         assert drawn.size[0] == 36
+    (segmenter / "more/deep").mkdir(parents=True)
+    for old, new in (("p6.png", "more/b.PNG"), ("p7.png", "more/deep/a.png"), ("rows.jsonl", "more/rows.jsonl")):
+        shutil.copy(segmenter / old, segmenter / new)
+    done = ticktune("predict", "run", "more", "p6.png", cwd=segmenter)
+    of_folder = [json.loads(line) for line in done.stdout.splitlines()]
+    names = ["more/b.PNG", "more/deep/a.png", "p6.png"]
+    assert of_folder == [{"image": n, **a} for n, a in zip(names, [*answers, answers[0]], strict=True)]
     merged = json.loads(ticktune("export", "run", "--merge", cwd=segmenter).stdout)
     assert merged["verification"]["changed"] == 0
+
+
+def test_pictures_that_are_not_there_are_named(segmenter: Path, ticktune: Run) -> None:
+    assert ticktune("train", "recipe.yaml", "training.steps=1", cwd=segmenter).returncode == 0
+    (segmenter / "empty").mkdir()
+    done = ticktune("predict", "run", "empty", cwd=segmenter)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error[usage]: empty: the folder holds no file that ends in .jpg" in done.stderr
+    done = ticktune("predict", "run", "p6.png", "gone.png", cwd=segmenter)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "there is no file 'gone.png'" in done.stderr
 
 
 def test_inspect_shows_and_draws_an_example_and_a_bad_mask_is_named(segmenter: Path, ticktune: Run) -> None:
