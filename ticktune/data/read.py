@@ -157,7 +157,7 @@ def read_rows(
         if os.path.isdir(path) and task.file_columns:
             folder, by_file = path, metadata_of(path) is None
             path = metadata_of(path) or path
-        name = str(path)
+        name = os.path.normpath(path)
         digest = "" if by_file else _sha256(path)
         main = next((c for c in ("image", "audio") if c in task.file_columns), "")
         records = read_classes(path, main) if by_file else _read_file(path, whole_text, bad)
