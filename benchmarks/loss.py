@@ -3,20 +3,20 @@
     TICKTUNE_DATA=/path/to/data TICKTUNE_MODELS=/path/to/models OMP_NUM_THREADS=1 python -m benchmarks.loss
 
 Loss: forward and backward passes of a model with ticks over one batch, the two ways in turn; time is that of the CPU,
-memory the most that a process of its own holds above what the model takes. Layouts: all rows of a set once, forward and
-backward, in batches as they come, of about one length, and packed. Writes benchmarks/results/loss.json.
+memory the most that the process holds above what it held before. Layouts: all rows of a set once, forward and
+backward, in batches as they come, of about one length, and packed. Writes benchmarks/results/loss.json;
+``--docs`` writes its tables into docs/performance.md.
 """
 
 import argparse
+import functools
 import os
-import resource
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from ticktune.console import Console
 from ticktune.data.batches import epoch_batches, packed_rows
 from ticktune.data.encode import Encoded
 from ticktune.device import Compute, choose_compute, describe
-from ticktune.files import write_json
-from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.files import read_json, write_json
+from ticktune.patch.attach import attach
 from ticktune.prepare import prepare
 from ticktune.recipe.load import load_recipe
 from ticktune.tasks.causal_lm import CausalLm
@@ -39,25 +39,39 @@ from ticktune.versions import versions
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "loss.json"
+PAGE = ROOT.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- loss -->\n", "<!-- end of loss -->"
 WAYS = ("plain", "chunked")
 LAYOUTS = ("as they come", "of one length", "packed")
 
-# name -> (rows, tokens in a row) of the batch whose loss is measured
-SHAPES = {"stories260K": (16, 512), "hidden 256, vocabulary 32,000": (8, 512)}
+
+class Shape(NamedTuple):
+    """The batch whose loss is measured, and in which arithmetic."""
+
+    rows: int
+    length: int
+    precisions: tuple[str, ...]
+
+
+SHAPES = {
+    "stories260K": Shape(16, 512, ("fp32",)),
+    "hidden 256, vocabulary 32,000": Shape(4, 512, ("fp32", "bf16")),
+}
 LEARNED = {"all": 1.0, "a third": 1 / 3}
 """Shares of the positions that carry a label: plain text, and responses to prompts."""
 
 SETS: dict[str, dict[str, Any]] = {
     "gsm8k": {
         "data": {"train": "gsm8k/train.jsonl", "columns": {"prompt": "question", "response": "answer"}},
-        "rows": 256,
+        "rows": 96,
     },
     "tinyshakespeare by line": {
         "data": {"train": {"path": "tinyshakespeare/train.txt", "sample_by": "line"}},
-        "rows": 2048,
+        "rows": 512,
     },
 }
-MAX_LENGTH, BATCH_SIZE = 1024, 16
+MAX_LENGTH, BATCH_SIZE = 512, 16
+MEMORY_REPEATS = 2
 
 
 def build(name: str) -> nn.Module:
@@ -105,21 +119,18 @@ def one_pass(model: nn.Module, loss: LossOf, batch: Batch, compute: Compute) -> 
     return seconds
 
 
-def peak(name: str, way: str, precision: str, share: float) -> None:
-    """Prints by how many bytes a step raises the most memory that this process has held."""
-    compute = choose_compute("cpu", precision)
-    model = build(name)
-    loss = loss_of(way, model, compute)
-    one_pass(model, loss, batch_of(model, 1, 8, 1.0), compute)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    one_pass(model, loss, batch_of(model, *SHAPES[name], share), compute)
-    sys.stdout.write(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024}\n")
+def most_held(run: Callable[[], Any]) -> int:
+    """By how many bytes a call raises the most memory that this process holds at once (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
+    before = held("VmRSS")
+    run()
+    return max(0, held("VmHWM") - before)
 
 
-def peak_of(name: str, way: str, precision: str, share: float) -> int:
-    """Runs :func:`peak` in a process of its own."""
-    words = [sys.executable, "-m", "benchmarks.loss", "--peak", name, way, precision, str(share)]
-    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+def held(field: str) -> int:
+    """A size in bytes from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -130,25 +141,30 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def measure_loss(repeats: int) -> Iterator[dict[str, Any]]:
     """A row for each model, precision and share of learned positions."""
     for name, size in SHAPES.items():
-        for precision in ("fp32", "bf16"):
+        for precision in size.precisions:
             compute = choose_compute("cpu", precision)
             model = build(name)
             losses = {way: loss_of(way, model, compute) for way in WAYS}
             for label, share in LEARNED.items():
-                batch = batch_of(model, *size, share)
+                batch = batch_of(model, size.rows, size.length, share)
                 for loss in losses.values():
                     one_pass(model, loss, batch, compute)
                 seconds: dict[str, list[float]] = {way: [] for way in WAYS}
                 for _ in range(repeats):
                     for way in WAYS:
                         seconds[way].append(one_pass(model, losses[way], batch, compute))
+                held_bytes: dict[str, list[float]] = {way: [] for way in WAYS}
+                for _ in range(MEMORY_REPEATS):
+                    for way in WAYS:
+                        bound = functools.partial(one_pass, model, losses[way], batch, compute)
+                        held_bytes[way].append(most_held(bound))
                 yield {
                     "model": name,
-                    "batch": f"{size[0]} × {size[1]}",
+                    "batch": f"{size.rows} × {size.length}",
                     "precision": precision,
                     "learned": label,
                     "cpu_seconds": {way: spread(seconds[way]) for way in WAYS},
-                    "peak_bytes": {way: peak_of(name, way, precision, share) for way in WAYS},
+                    "peak_bytes": {way: spread(held_bytes[way]) for way in WAYS},
                 }
 
 
@@ -207,7 +223,7 @@ def measure_layouts(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def encoder_padding(folder: Path) -> dict[str, Any]:
+def encoder_padding() -> dict[str, Any]:
     """The share of padding in the batches of SST-2, by layout: what unpadded batches for encoders could save."""
     recipe = ROOT.parent / "recipes" / "sst2.yaml"
     examples = prepare(load_recipe(recipe), Console(quiet=True)).examples["train"]
@@ -225,20 +241,45 @@ def encoder_padding(folder: Path) -> dict[str, Any]:
     return {"rows": len(examples), "batch_size": size, "padding": shares}
 
 
+def table(document: dict[str, Any]) -> str:
+    """The tables as Markdown: medians, with least and most in parentheses."""
+    lines = [
+        "| model, batch | precision | learned | CPU seconds, all logits | without | memory, all logits | without |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["loss"]:
+        seconds, held = row["cpu_seconds"], row["peak_bytes"]
+        cells = [_figure(seconds[way], 1, 2) for way in WAYS] + [_figure(held[way], 1e-6, 0, " MB") for way in WAYS]
+        lines.append(
+            f"| {row['model']}, {row['batch']} | {row['precision']} | {row['learned']} | {' | '.join(cells)} |"
+        )
+    lines += ["", f"| rows of a batch of {BATCH_SIZE} | {' | '.join(LAYOUTS)} |", "|---|---|---|---|"]
+    for row in document["layouts"]:
+        shares, speeds = row["padding"], row["rows_per_cpu_second"]
+        cells = [f"{100 * shares[way]:.1f} %" for way in LAYOUTS]
+        lines.append(f"| {row['rows']}: padding | {' | '.join(cells)} |")
+        lines.append(f"| rows in a CPU second | {' | '.join(_figure(speeds[way], 1, 1) for way in LAYOUTS)} |")
+    return "\n".join(lines)
+
+
+def _figure(values: dict[str, Any], factor: float, digits: int, unit: str = "") -> str:
+    low, middle, high = (f"{values[name] * factor:.{digits}f}" for name in ("min", "median", "max"))
+    return f"{middle}{unit} ({low}-{high})"
+
+
 def main() -> None:
     """Measures everything and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--peak", nargs=4, metavar=("MODEL", "WAY", "PRECISION", "SHARE"), help=argparse.SUPPRESS)
+    parser.add_argument("--docs", action="store_true", help="only write the tables into docs/performance.md")
     arguments = parser.parse_args()
-    quiet_transformers()
-    if arguments.peak:
-        name, way, precision, share = arguments.peak
-        peak(name, way, precision, float(share))
+    if arguments.docs:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        tables = table(read_json(arguments.output))
+        PAGE.write_text(f"{before}{BEGIN}{tables}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
         return
-    import tempfile
-
+    quiet_transformers()
     compute = choose_compute("cpu", "fp32")
     document: dict[str, Any] = {
         "what": "the loss without logits, and the layouts of batches, beside the plain ways",
@@ -251,7 +292,7 @@ def main() -> None:
     write_json(arguments.output, document)
     with tempfile.TemporaryDirectory() as folder:
         document["layouts"] = list(measure_layouts(arguments.repeats, Path(folder)))
-        document["encoders"] = encoder_padding(Path(folder))
+        document["encoders"] = encoder_padding()
     write_json(arguments.output, document)
 
 

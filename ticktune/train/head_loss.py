@@ -230,18 +230,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight, bias = head.linear.weight.to(dtype), _bias(head, dtype)
             loss = torch.zeros((), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
             gradient = torch.empty(len(kept) if needs_gradient else 0, hidden.shape[1], dtype=dtype, device=loss.device)
-            parts = math.ceil(len(kept) / chunk)
-            at = 0
             # Parts of about one size: a small rest would be as slow as a whole one.
-            for rows, target in (
-                zip(kept.tensor_split(parts), targets.tensor_split(parts), strict=True) if parts else ()
-            ):
-                states = hidden[rows].to(dtype)
-                part, slope = _chunk_loss(F.linear(states, weight, bias), target, head, smoothing, needs_gradient)
-                loss += part
+            size = math.ceil(len(kept) / max(1, math.ceil(len(kept) / chunk)))
+            for start in range(0, len(kept), max(1, size)):
+                part = slice(start, start + size)
+                z = F.linear(hidden[kept[part]].to(dtype), weight, bias)
+                value, slope = _chunk_loss(z, targets[part], head, smoothing, needs_gradient)
+                loss += value
                 if slope is not None:
-                    torch.mm(slope.to(dtype), weight, out=gradient[at : at + len(rows)])
-                at += len(rows)
+                    torch.mm(slope.to(dtype), weight, out=gradient[part])
         if needs_gradient:
             ctx.save_for_backward(kept, gradient)
             ctx.like = (hidden.shape, hidden.dtype)
@@ -262,8 +259,9 @@ def _chunk_loss(
     z: Tensor, target: Tensor, head: Head, smoothing: float, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of a few positions, and its gradient by z, (rows, vocabulary)."""
-    logits = _shaped(_wide(z), head.scale, head.cap)
-    log_p = logits.log_softmax(-1)
+    is_shaped = head.scale != 1 or head.cap is not None
+    logits = _shaped(_wide(z), head.scale, head.cap) if is_shaped else z
+    log_p = logits.log_softmax(-1, dtype=_wide(z[:0]).dtype)
     loss = -log_p.gather(1, target[:, None]).sum() * (1 - smoothing)
     if smoothing:
         loss -= log_p.sum() * (smoothing / log_p.shape[1])
@@ -272,7 +270,7 @@ def _chunk_loss(
     slope = log_p.exp_()
     if smoothing:
         slope -= smoothing / slope.shape[1]
-    slope.scatter_add_(1, target[:, None], slope.new_full((len(target), 1), smoothing - 1))
+    slope.scatter_(1, target[:, None], slope.gather(1, target[:, None]) + (smoothing - 1))
     if head.cap is not None:
         slope *= 1 - (logits / head.cap).square_()
     if head.scale != 1:
