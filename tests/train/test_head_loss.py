@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import HIDDEN, LAYERS, families, inputs, perturb
-from tests.training import CPU, causal_lm, optimizer_of, snapshot, steps
+from tests.training import CPU, CPU_FP16, causal_lm, optimizer_of, snapshot, steps
 from ticktune.device import Compute
 from ticktune.patch.attach import adapter_parameters, attach
 from ticktune.tasks.causal_lm import CausalLm
@@ -93,15 +93,17 @@ def test_float32_agrees_to_rounding() -> None:
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_bfloat16_is_as_near_to_float64_as_all_logits_are() -> None:
+@pytest.mark.parametrize("compute", [CPU_BF16, CPU_FP16], ids=["bf16", "fp16"])
+def test_half_precision_is_as_near_to_float64_as_all_logits_are(compute: Compute) -> None:
     head, targets, states = _head(dtype=torch.float32), _targets(), _states(torch.float32)
     exact_head = Head(nn.Linear(5, VOCABULARY, bias=False, dtype=torch.float64))
     exact_head.linear.weight.data = head.linear.weight.double()
     exact = torch.autograd.grad(_reference(states.double(), targets, exact_head, 0.0), states)[0]
-    with CPU_BF16.autocast():
+    with compute.autocast():
         plain, found = token_loss(head.linear(states), targets), linear_cross_entropy(states, targets, head)
     assert found.dtype == torch.float32
-    slopes = [torch.autograd.grad(loss, states)[0] for loss in (plain, found)]
+    scale = 1024.0  # as a gradient scaler does
+    slopes = [torch.autograd.grad(loss * scale, states)[0] / scale for loss in (plain, found)]
     assert slopes[1].dtype == torch.float32
     errors = [float((slope - exact).norm() / exact.norm()) for slope in slopes]
     assert errors[1] <= 1.2 * errors[0] < 0.02

@@ -358,14 +358,14 @@ class Training(Section):
     batch_size: Count | None = 32
     """Examples per optimizer step; null where batch_tokens is given."""
     batch_tokens: Count | None = None
-    """Tokens per optimizer step, instead of batch_size: as many examples of about one length as fit, padding counted.
-    At least data.max_length."""
+    """Tokens per optimizer step, instead of batch_size: as many examples of about one length as fit, padding counted;
+    packed, as many as fit. At least data.max_length."""
     micro_batch_size: Count | None = None
     """Examples per forward pass; null = the whole batch (no accumulation)."""
     packing: bool = False
-    """Lay the examples of a forward pass out in rows of up to data.max_length tokens, several in a row, none of which
-    sees another: positions begin anew, and attention stays inside. Batches are then not sorted by length. Refused where
-    the base does not keep them apart."""
+    """Several examples in a row of up to data.max_length tokens, none of which sees another: positions begin anew, and
+    attention stays inside of an example. Batches are then not of about one length. A base that does not keep examples
+    apart is refused."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
     Trainable tensors and optimizer state are always float32."""
