@@ -272,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--part", choices=("all", "loss", "layouts"), default="all")
     parser.add_argument("--docs", action="store_true", help="only write the tables into docs/performance.md")
     arguments = parser.parse_args()
     if arguments.docs:
@@ -281,19 +282,22 @@ def main() -> None:
         return
     quiet_transformers()
     compute = choose_compute("cpu", "fp32")
-    document: dict[str, Any] = {
+    document: dict[str, Any] = read_json(arguments.output) if arguments.output.exists() else {}
+    document |= {
         "what": "the loss without logits, and the layouts of batches, beside the plain ways",
         "command": "OMP_NUM_THREADS=1 python -m benchmarks.loss",
         "machine": describe(compute),
         "versions": versions(),
         "repeats": arguments.repeats,
     }
-    document["loss"] = list(measure_loss(arguments.repeats))
-    write_json(arguments.output, document)
-    with tempfile.TemporaryDirectory() as folder:
-        document["layouts"] = list(measure_layouts(arguments.repeats, Path(folder)))
+    if arguments.part in ("all", "loss"):
+        document["loss"] = list(measure_loss(arguments.repeats))
+        write_json(arguments.output, document)
+    if arguments.part in ("all", "layouts"):
+        with tempfile.TemporaryDirectory() as folder:
+            document["layouts"] = list(measure_layouts(arguments.repeats, Path(folder)))
         document["encoders"] = encoder_padding()
-    write_json(arguments.output, document)
+        write_json(arguments.output, document)
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def test_no_tensor_of_all_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_chunk_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 4 * VOCABULARY * 5)
+    monkeypatch.setitem(head_loss.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 5)
     sizes: list[int] = []
     inner = head_loss._chunk_loss
 
