@@ -59,6 +59,8 @@ ORDER = [
     "ticktune.remarks",
     "ticktune.data.batches",
     "ticktune.train.groups",
+    "ticktune.train.head_loss",
+    "ticktune.train.packing",
     "ticktune.train.steps",
     "ticktune.evaluate",
     "ticktune.checkpoint",

@@ -19,6 +19,7 @@ from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.task import Batch, EncodingReport, TaskOptions
 from ticktune.tasks.text_classification import TextClassification
 from ticktune.train.groups import build_optimizer, lr_factor
+from ticktune.train.head_loss import LossOf
 from ticktune.train.steps import StepReport, train_steps
 
 CPU = Compute(torch.device("cpu"), "fp32")
@@ -82,6 +83,7 @@ def steps(
     seed: int = 7,
     base_dropout: bool = True,
     first_step: int = 0,
+    loss_of: LossOf | None = None,
 ) -> Iterator[StepReport]:
     """The training loop on a schedule of 20 steps."""
     return train_steps(
@@ -97,6 +99,7 @@ def steps(
         seed=seed,
         base_dropout=base_dropout,
         first_step=first_step,
+        loss_of=loss_of,
     )
 
 

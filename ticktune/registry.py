@@ -45,6 +45,7 @@ def tasks_with(key: str) -> str:
 _LOSS = frozenset({"loss.weights", "loss.label_smoothing"})
 _PICTURES = frozenset({"data.augment.flip", "data.augment.crop", "data.augment.jitter"})
 _SOUNDS = frozenset({"data.max_seconds", "data.augment.time_mask", "data.augment.noise"})
+_TOKENS = frozenset({"training.batch_tokens"})
 _WRITING = frozenset({"evaluation.generate.max_new_tokens", "evaluation.generate.num_beams"})
 
 TASKS: dict[str, TaskRow] = {
@@ -66,7 +67,7 @@ TASKS: dict[str, TaskRow] = {
             "log_loss": False,
             "loss": False,
         },
-        keys=_LOSS | {"problem", "data.separator", "evaluation.threshold"},
+        keys=_LOSS | _TOKENS | {"problem", "data.separator", "evaluation.threshold"},
     ),
     "token-classification": TaskRow(
         module="ticktune.tasks.token_classification",
@@ -75,7 +76,7 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"tags"}),
         text_columns=frozenset({"text"}),
         metrics={"f1": True, "precision": True, "recall": True, "token_accuracy": True, "loss": False},
-        keys=_LOSS | {"data.overlap"},
+        keys=_LOSS | _TOKENS | {"data.overlap"},
     ),
     "question-answering": TaskRow(
         module="ticktune.tasks.question_answering",
@@ -83,7 +84,7 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"answers"}),
         text_columns=frozenset({"question", "context"}),
         metrics={"f1": True, "exact_match": True, "loss": False},
-        keys=frozenset({"loss.label_smoothing", "data.overlap"}),
+        keys=_TOKENS | {"loss.label_smoothing", "data.overlap"},
         defaults={"data.max_length": 384, "data.overlap": 128},
     ),
     "image-classification": TaskRow(
@@ -138,7 +139,7 @@ TASKS: dict[str, TaskRow] = {
         text_columns=frozenset({"text"}),
         documents=True,
         metrics={"perplexity": False, "token_accuracy": True, "loss": False},
-        keys=frozenset({"loss.label_smoothing"}),
+        keys=_TOKENS | {"loss.label_smoothing"},
         defaults={"data.max_length": 256, "optimizer.lr": 1e-4, "schedule.name": "cosine"},
     ),
     "causal-lm": TaskRow(
@@ -148,7 +149,7 @@ TASKS: dict[str, TaskRow] = {
         text_columns=frozenset({"text", "prompt", "response"}),
         documents=True,
         metrics={"perplexity": False, "token_accuracy": True, "exact_match": True, "loss": False},
-        keys=_WRITING | {"evaluation.generate.answer", "loss.label_smoothing"},
+        keys=_WRITING | _TOKENS | {"evaluation.generate.answer", "loss.label_smoothing", "training.packing"},
         defaults={
             "data.max_length": 512,
             "optimizer.lr": 1e-4,
@@ -162,7 +163,7 @@ TASKS: dict[str, TaskRow] = {
         optional_columns=frozenset({"history"}),
         label_columns=frozenset({"items"}),
         metrics={"ndcg10": True, "hit10": True, "mrr": True, "perplexity": False, "unknown": False, "loss": False},
-        keys=frozenset({"loss.label_smoothing"}),
+        keys=_TOKENS | {"loss.label_smoothing"},
         defaults={"data.max_length": 64, "schedule.name": "cosine"},
     ),
     "seq2seq-lm": TaskRow(
@@ -178,7 +179,7 @@ TASKS: dict[str, TaskRow] = {
             "chrf": True,
             "rouge_l": True,
         },
-        keys=_WRITING | {"loss.label_smoothing"},
+        keys=_WRITING | _TOKENS | {"loss.label_smoothing"},
     ),
     "sentence-embedding": TaskRow(
         module="ticktune.tasks.sentence_embedding",

@@ -1,6 +1,6 @@
 """One stretch of training: from the newest checkpoint, or the beginning, to the end or a stop."""
 
-import math
+import heapq
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,24 +14,29 @@ from ticktune import checkpoint
 from ticktune.adapter import describe_adapter, shapes_fingerprint, write_adapter
 from ticktune.base import fingerprint, stored_quantization, without_weights
 from ticktune.console import Console, figure
-from ticktune.data.batches import epoch_batches, micro_batches, sorted_batches
+from ticktune.data.batches import Epochs, micro_batches, packed_rows, sorted_batches
 from ticktune.device import Compute, describe, is_out_of_memory, mix
-from ticktune.errors import Interrupted, NumericsError, OutputError, Problem, ResourceError
+from ticktune.errors import BaseModelError, Interrupted, NumericsError, OutputError, Problem, ResourceError
 from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
 from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
+from ticktune.recipe.schema import Training
 from ticktune.registry import TASKS
 from ticktune.report.card import adapter_card
 from ticktune.report.page import report_page
 from ticktune.signals import Signals, StopAsked
-from ticktune.tasks.task import Batch
+from ticktune.tasks.task import Batch, Task
 from ticktune.train.groups import build_optimizer, lr_factor
+from ticktune.train.head_loss import Head, find_head, head_loss, plain_loss
+from ticktune.train.packing import packed_pair, packing_obstacle
 from ticktune.train.steps import StepReport, train_steps, try_step
 from ticktune.versions import versions
 
+_PLAIN, _CHUNKED = "plain", "chunked"
+_PROOF_ROWS = 2
 _IDLE_STEPS = 10  # Q and U have no gradient while P is zero, in the first step
 
 
@@ -65,6 +70,30 @@ def begin(prepared: Prepared, model: nn.Module, run: RunFolder, console: Console
         run.write_recipe(prepared.loaded)
 
 
+def check_packing(prepared: Prepared, model: nn.Module, console: Console) -> None:
+    """Refuses to pack the rows of a model that does not keep their examples apart.
+
+    Args:
+        prepared: Recipe, task and examples.
+        model: With ticks.
+        console: Where to print.
+
+    Raises:
+        BaseModelError: The proof fails.
+    """
+    recipe, examples = prepared.loaded.recipe, prepared.examples["train"]
+    if not recipe.training.packing:
+        return
+    pair = packed_pair(examples.lengths, recipe.data.max_length)
+    if pair is None:
+        console.note("training.packing: no two examples fit into a row of data.max_length, so none is shared")
+        return
+    obstacle = packing_obstacle(model, prepared.task, examples.take(list(pair)), prepared.compute)
+    if obstacle is not None:
+        where = prepared.loaded.where("training.packing")
+        raise BaseModelError(obstacle, where=where, fix="set training.packing: false")
+
+
 def recipe_identity(loaded: LoadedRecipe, run: RunFolder) -> dict[str, Any]:
     """The result-relevant keys of a recipe, its paths as they are written in the run's folder."""
     return result_relevant(relocate(loaded.recipe, loaded.path.parent, run.path))
@@ -75,24 +104,27 @@ class Schedule:
     """How a run divides into steps.
 
     Args:
-        per_epoch: Steps in an epoch.
+        epochs: The batches.
         total: Steps in the run.
     """
 
-    per_epoch: int
+    epochs: Epochs
     total: int
 
     @classmethod
-    def of(cls, recipe: Any, examples: int) -> "Schedule":
-        """The schedule of a recipe over so many training examples; 3 epochs where it says nothing."""
-        per_epoch = math.ceil(examples / recipe.training.batch_size)
-        steps = recipe.training.steps
-        return cls(per_epoch, steps if steps is not None else per_epoch * (recipe.training.epochs or 3))
+    def of(cls, training: Training, lengths: Sequence[int]) -> "Schedule":
+        """The schedule of a recipe over training examples of some lengths; 3 epochs where it says nothing."""
+        epochs = Epochs(lengths, training.batch_size, training.batch_tokens, training.seed, training.packing)
+        return cls(epochs, training.steps if training.steps is not None else epochs.end((training.epochs or 3) - 1))
 
     def due(self, step: int, every: Any) -> bool:
         """Whether something that happens ``every`` so many steps, or every epoch, happens after ``step``."""
-        period = self.per_epoch if every == "epoch" else every
-        return bool(step % period == 0)
+        return bool(self.epochs.find(step)[1] == step if every == "epoch" else step % every == 0)
+
+    def passed(self, step: int) -> float:
+        """The epochs that are done after so many steps, with their fractions."""
+        epoch, start = self.epochs.find(step)
+        return epoch + (step - start) / (self.epochs.end(epoch) - start)
 
 
 class Session:
@@ -120,16 +152,18 @@ class Session:
         self.compute: Compute = prepared.compute
         self.optimizer = build_optimizer(adapter_parameters(model), self.recipe.optimizer)
         self.scaler = self.compute.scaler()
-        self.plan = Schedule.of(self.recipe, len(prepared.examples["train"]))
+        self.plan = Schedule.of(self.recipe.training, prepared.examples["train"].lengths)
         self.progress = checkpoint.Progress()
         self.best: dict[str, Tensor] | None = None
         row = TASKS[self.recipe.task]
         asked = self.recipe.evaluation.metric
         self.metric = prepared.task.default_metric if asked == "auto" else asked
         self.more_is_better = row.metrics[self.metric]
-        micro = self.recipe.training.micro_batch_size or self.recipe.training.batch_size
-        self.micro_batch_size = micro
-        self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, micro)
+        training = self.recipe.training
+        rows = training.micro_batch_size or training.batch_size
+        self.micro_batch_size = rows or len(prepared.examples["train"])  # of so many tokens: a whole batch
+        self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, rows or 0)
+        self.loss_of = plain_loss(prepared.task)
         self._work = "starting"  # what is being done, for messages
         self._batch: Sequence[int] = ()
 
@@ -147,10 +181,10 @@ class Session:
             self.progress, self.best = checkpoint.restore_checkpoint(newest, self.model, self.optimizer, self.scaler)
             self.console.note(f"{self.run.path}: going on after step {self.progress.step} of {self.plan.total}")
         self.run.trim_metrics(self.progress.step, {entry["step"] for entry in self.progress.history})
-        self.run.update(status="running")
         try:
             with self._memory_named():
                 self._warn_little_space()
+                self.run.update(status="running", loss=self._choose_loss(goes_on=newest is not None))
                 if newest is None:
                     self._try_longest()
                 if not self.progress.history:
@@ -173,20 +207,59 @@ class Session:
                 "or training may stop with a full disk"
             )
 
+    def _choose_loss(self, *, goes_on: bool) -> str:
+        """Takes the loss without its logits where the model's head is proved; a run goes on as it began.
+
+        Returns:
+            What the record says of it.
+        """
+        # A run of a version that did not record it had the plain loss.
+        before: str = self.run.record().get("loss", _PLAIN) if goes_on else _CHUNKED
+        if before != _CHUNKED:
+            return before
+        if not self.recipe.training.fast:
+            return _PLAIN
+        examples, task = self.prepared.examples["train"], self.prepared.task
+        if type(task).targets is Task.targets:
+            return f"{_PLAIN}: it is not that of a language-model head"
+        self._work = "trying the shortest rows"
+        shortest = heapq.nsmallest(_PROOF_ROWS, range(len(examples)), key=examples.lengths.__getitem__)
+        batch = self._collate(shortest, self.recipe.training.seed)
+        head = find_head(self.model, task, self.compute.put(batch), self.compute)
+        if isinstance(head, Head):
+            self.loss_of = head_loss(task, head)
+            return _CHUNKED
+        if goes_on:
+            self.console.warn(f"the run goes on with all logits, as {head}: the result need not be bitwise the same")
+        return f"{_PLAIN}: {head}"
+
     def _try_longest(self) -> None:
         """Tries a micro-batch of the longest rows, so that a lack of memory shows before anything is computed."""
         examples, task = self.prepared.examples["train"], self.prepared.task
-        numbers = next(iter(sorted_batches(examples.lengths, self.micro_batch_size)))
+        tokens = self.recipe.training.batch_tokens
+        count = self.micro_batch_size
+        if tokens is not None:
+            count = min(count, max(1, tokens // max(examples.lengths)))
+        numbers = next(iter(sorted_batches(examples.lengths, count)))
         self._work = f"trying the longest rows, {self._described(numbers)}"
         try_step(
             self.model,
             task,
-            task.collate(examples.take(numbers), seed=self.recipe.training.seed),
+            self._collate(numbers, self.recipe.training.seed),
             self.optimizer,
             self.scaler,
             self.compute,
             base_dropout=self.recipe.base.dropout == "keep",
+            loss_of=self.loss_of,
         )
+
+    def _collate(self, numbers: list[int], seed: int) -> Batch:
+        """A micro-batch of these training examples."""
+        task, examples = self.prepared.task, self.prepared.examples["train"].take(numbers)
+        if not self.recipe.training.packing:
+            return task.collate(examples, seed=seed)
+        rows = packed_rows([example["length"] for example in examples], self.recipe.data.max_length)
+        return task.pack([[examples[i] for i in row] for row in rows])
 
     def _described(self, numbers: Sequence[int]) -> str:
         longest = max(self.prepared.examples["train"].lengths[number] for number in numbers)
@@ -208,6 +281,7 @@ class Session:
             seed=self.recipe.training.seed,
             base_dropout=self.recipe.base.dropout == "keep",
             first_step=first,
+            loss_of=self.loss_of,
         )
         with self.console.progress(self.plan.total, first) as bar, self._rows_named():
             for report in reports:
@@ -224,22 +298,21 @@ class Session:
                     return
 
     def _batches(self, first: int) -> Iterator[list[Batch]]:
-        examples, task = self.prepared.examples["train"], self.prepared.task
         training = self.recipe.training
-        step, epoch = first, first // self.plan.per_epoch
+        step = first
+        epoch, start = self.plan.epochs.find(first)
         while step < self.plan.total:
-            order = epoch_batches(examples.lengths, training.batch_size, seed=training.seed, epoch=epoch)
-            for batch in order[step - epoch * self.plan.per_epoch :]:
+            for batch in self.plan.epochs.batches(epoch)[step - start :]:
                 if step >= self.plan.total:
                     return
                 seed = mix(training.seed, "collate", step)
                 parts = enumerate(micro_batches(batch, self.micro_batch_size))
                 self._batch = batch
                 self._work = f"step {step + 1}, {self._described(batch)}"
-                yield [task.collate(examples.take(part), seed=mix(seed, number)) for number, part in parts]
+                yield [self._collate(part, mix(seed, number)) for number, part in parts]
                 self.signals.poll()
                 step += 1
-            epoch += 1
+            epoch, start = epoch + 1, step
 
     def _account(self, report: StepReport) -> None:
         progress = self.progress
@@ -250,7 +323,7 @@ class Session:
         if report.step % self.recipe.logging.every == 0 or report.step in (1, self.plan.total):
             entry: dict[str, Any] = {
                 "step": report.step,
-                "epoch": round(report.step / self.plan.per_epoch, 4),
+                "epoch": round(self.plan.passed(report.step), 4),
                 "loss": report.loss,
                 "lr": report.lr,
                 "grad_norm": report.grad_norm,
@@ -319,9 +392,14 @@ class Session:
             if not is_out_of_memory(error):
                 raise
             size = "evaluation.batch_size" if self._work.startswith("evaluating") else "training.micro_batch_size"
+            training = self.recipe.training
+            per_step = (
+                f"batch_tokens {training.batch_tokens}"
+                if training.batch_tokens
+                else f"batch_size {training.batch_size}"
+            )
             raise ResourceError(
-                f"out of memory: {self._work} (training.batch_size {self.recipe.training.batch_size}, "
-                f"data.max_length {self.recipe.data.max_length})",
+                f"out of memory: {self._work} (training.{per_step}, data.max_length {self.recipe.data.max_length})",
                 where=str(self.run.path),
                 fix=f"lower {size}, data.max_length, or ticks.layers (last:N)",
             ) from error

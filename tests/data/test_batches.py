@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ticktune.data.batches import epoch_batches, micro_batches, sorted_batches, split_rows
+from ticktune.data.batches import Epochs, epoch_batches, micro_batches, packed_rows, sorted_batches, split_rows
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 1000).tolist()
 
@@ -71,3 +71,66 @@ def test_a_split_is_a_function_of_its_arguments() -> None:
 @pytest.mark.parametrize(("seed", "name"), [(1, "test"), (0, "validation")])
 def test_another_seed_or_name_gives_another_split(seed: int, name: str) -> None:
     assert split_rows(50, 0.2, seed=seed, name=name) != split_rows(50, 0.2, seed=0, name="test")
+
+
+def test_batches_of_tokens_hold_as_many_as_fit() -> None:
+    batches = epoch_batches(LENGTHS, None, seed=1, epoch=0, tokens=800)
+    assert sorted(i for batch in batches for i in batch) == list(range(1000))
+    padded = [len(batch) * max(LENGTHS[i] for i in batch) for batch in batches]
+    assert max(padded) <= 800
+    assert sum(padded) < 1.1 * sum(LENGTHS)
+    assert len(batches) < 1.2 * sum(LENGTHS) / 800
+
+
+def test_batches_of_tokens_are_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return epoch_batches(LENGTHS, None, seed=seed, epoch=epoch, tokens=800)
+
+    assert order(1, 3) == order(1, 3)
+    assert order(1, 3) != order(1, 4)
+    assert order(1, 3) != order(2, 3)
+
+
+def test_an_example_longer_than_a_batch_of_tokens_is_a_batch_of_its_own() -> None:
+    batches = epoch_batches([3, 50, 4, 5], None, seed=0, epoch=0, tokens=10)
+    assert sorted(map(sorted, batches)) == [[0, 2], [1], [3]]
+
+
+@pytest.mark.parametrize(("batch_size", "tokens"), [(7, None), (None, 800)])
+def test_every_step_lies_in_the_epoch_whose_batches_it_takes(batch_size: int | None, tokens: int | None) -> None:
+    epochs = Epochs(LENGTHS, batch_size, tokens, seed=1)
+    counts = [len(epochs.batches(epoch)) for epoch in range(3)]
+    assert [epochs.end(epoch) for epoch in range(3)] == np.cumsum(counts).tolist()
+    for step, epoch in ((0, 0), (counts[0] - 1, 0), (counts[0], 1), (counts[0] + counts[1], 2)):
+        # Of an object that was asked for nothing before, as after a resume.
+        assert Epochs(LENGTHS, batch_size, tokens, seed=1).find(step) == (epoch, sum(counts[:epoch]))
+
+
+def test_epochs_of_tokens_need_not_have_as_many_batches() -> None:
+    epochs = Epochs(LENGTHS, None, 800, seed=1)
+    assert len({len(epochs.batches(epoch)) for epoch in range(8)}) > 1
+
+
+def test_packed_rows_hold_every_example_once_and_no_more_than_fits() -> None:
+    rows = packed_rows(LENGTHS, 256)
+    assert sorted(i for row in rows for i in row) == list(range(1000))
+    assert max(sum(LENGTHS[i] for i in row) for row in rows) <= 256
+    assert len(rows) < 1.05 * sum(LENGTHS) / 256
+
+
+def test_an_example_longer_than_a_row_has_one_of_its_own() -> None:
+    assert packed_rows([3, 9, 2], 5) == [[1], [0, 2]]
+
+
+def test_batches_of_packed_examples_are_of_mixed_lengths() -> None:
+    batches = epoch_batches(LENGTHS, 8, seed=1, epoch=0, packed=True)
+    assert sorted(i for batch in batches for i in batch) == list(range(1000))
+    assert min(max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in batches) > 30
+
+
+def test_tokens_of_packed_examples_are_theirs_alone() -> None:
+    batches = epoch_batches(LENGTHS, None, seed=1, epoch=0, tokens=800, packed=True)
+    sums = [sum(LENGTHS[i] for i in batch) for batch in batches]
+    assert sorted(i for batch in batches for i in batch) == list(range(1000))
+    assert max(sums) <= 800
+    assert np.median(sums) > 600

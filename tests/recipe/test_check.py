@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ticktune.errors import Problem, RecipeError
-from ticktune.recipe.load import load_recipe
+from ticktune.recipe.load import dump_recipe, load_recipe
 from ticktune.recipe.schema import Recipe
 from ticktune.registry import TASKS
 
@@ -174,6 +174,31 @@ def accepted(folder: Path, text: str) -> Recipe:
             Problem("early stopping needs data.validation", "r.yaml:4:14 evaluation.patience"),
         ),
         (
+            HEAD + "data: {train: a}\ntraining: {batch_size: 8, batch_tokens: 512}\n",
+            Problem(
+                "give batch_size or batch_tokens, not both",
+                "r.yaml:4:27 training.batch_tokens",
+                "set training.batch_size: null",
+            ),
+        ),
+        (
+            HEAD + "data: {train: a}\ntraining: {batch_size: null}\n",
+            Problem("expected a number, or batch_tokens beside it, found null", "r.yaml:4:12 training.batch_size"),
+        ),
+        (
+            HEAD + "data: {train: a}\ntraining: {batch_tokens: 100}\n",
+            Problem("expected at least data.max_length = 128, found 100", "r.yaml:4:12 training.batch_tokens"),
+        ),
+        (
+            HEAD.replace("text-classification", "causal-lm")
+            + "data: {train: a}\ntraining: {packing: true, fast: false}\n",
+            Problem(
+                "it is one of the ways that training.fast: false switches off",
+                "r.yaml:4:12 training.packing",
+                "remove it",
+            ),
+        ),
+        (
             HEAD + 'data: {train: a}\noutput: "a\\nb"\n',
             Problem("the path holds a control character or a name of more than 255 bytes", "r.yaml:4:1 output"),
         ),
@@ -199,6 +224,7 @@ def test_a_task_takes_the_keys_that_it_looks_at_and_no_others(tmp_path: Path, ta
         "data.language": "german",
         "data.classes": {"a": [1], "b": [2]},
         "data.augment": {"flip": 0.1, "crop": 0.1, "jitter": 0.1, "time_mask": 0.1, "noise": 0.1},
+        "training": {"batch_tokens": 4096, "packing": True},
         "evaluation": {"threshold": 0.3, "generate": {"max_new_tokens": 3, "num_beams": 2, "answer": "(a)"}},
     }
     recipe: dict[str, Any] = {"task": task, "base": {"model": "m"}, "data": {"train": "a"}}
@@ -207,6 +233,13 @@ def test_a_task_takes_the_keys_that_it_looks_at_and_no_others(tmp_path: Path, ta
         (recipe[section] if section else recipe)[name] = value
     refused = {p.where.split()[-1] for p in problems(tmp_path, yaml.safe_dump(recipe))}
     assert refused == frozenset().union(*(row.keys for row in TASKS.values())) - TASKS[task].keys
+
+
+def test_batches_of_tokens_are_no_batches_of_rows_and_stay_so_when_written_out(tmp_path: Path) -> None:
+    text = HEAD.replace("text-classification", "causal-lm") + "data: {train: a}\ntraining: {batch_tokens: 4096}\n"
+    recipe = accepted(tmp_path, text)
+    assert (recipe.training.batch_size, recipe.training.batch_tokens) == (None, 4096)
+    assert accepted(tmp_path, dump_recipe(recipe)) == recipe
 
 
 def test_a_task_that_resembles_none_is_answered_with_all(tmp_path: Path) -> None:

@@ -132,11 +132,22 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
     training = recipe.training
     if training.epochs is not None and training.steps is not None:
         wrong("training.steps", "give epochs or steps, not both")
-    if training.micro_batch_size is not None and training.micro_batch_size > training.batch_size:
+    if training.batch_size is not None and training.batch_tokens is not None:
+        wrong("training.batch_tokens", "give batch_size or batch_tokens, not both", "set training.batch_size: null")
+    if training.batch_size is None and training.batch_tokens is None:
+        wrong("training.batch_size", "expected a number, or batch_tokens beside it, found null")
+    if training.batch_tokens is not None and training.batch_tokens < recipe.data.max_length:
+        wrong(
+            "training.batch_tokens",
+            f"expected at least data.max_length = {recipe.data.max_length}, found {training.batch_tokens}",
+        )
+    if training.batch_size is not None and (training.micro_batch_size or 0) > training.batch_size:
         wrong(
             "training.micro_batch_size",
             f"expected at most batch_size = {training.batch_size}, found {training.micro_batch_size}",
         )
+    if training.packing and not training.fast:
+        wrong("training.packing", "it is one of the ways that training.fast: false switches off", "remove it")
     if recipe.ticks.dim == 0 and recipe.norms.train == "none" and recipe.head.train is False:
         wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
     metric = recipe.evaluation.metric

@@ -388,6 +388,9 @@ def _with_task_defaults(values: dict[str, Any]) -> dict[str, Any]:
         section, name = key.split(".")
         if isinstance(merged.get(section, {}), dict):
             merged[section] = {name: default, **merged.get(section, {})}
+    training = values.get("training")
+    if isinstance(training, dict) and training.get("batch_tokens") is not None and "batch_size" not in training:
+        merged["training"] = {**merged["training"], "batch_size": None}
     return merged
 
 

@@ -355,10 +355,17 @@ class Training(Section):
     """Passes over the training rows; 3 when neither epochs nor steps is given."""
     steps: Count | None = None
     """Optimizer steps, instead of epochs."""
-    batch_size: Count = 32
-    """Examples per optimizer step."""
+    batch_size: Count | None = 32
+    """Examples per optimizer step; null where batch_tokens is given."""
+    batch_tokens: Count | None = None
+    """Tokens per optimizer step, instead of batch_size: as many examples of about one length as fit, padding counted;
+    packed, as many as fit. At least data.max_length."""
     micro_batch_size: Count | None = None
-    """Examples per forward pass; null = batch_size (no accumulation)."""
+    """Examples per forward pass; null = the whole batch (no accumulation)."""
+    packing: bool = False
+    """Several examples in a row of up to data.max_length tokens, none of which sees another: positions begin anew, and
+    attention stays inside of an example. Batches are then not of about one length. A base that does not keep examples
+    apart is refused."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
     Trainable tensors and optimizer state are always float32. A step whose gradients overflow in fp16 moves no weight
@@ -375,6 +382,8 @@ class Training(Section):
     """Bitwise equal results on CUDA too, at some cost in speed; a CPU is always deterministic."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial values, the row order and dropout."""
+    fast: bool = True
+    """Ways of computing that are faster and agree with the plain ones to rounding; false: the plain ones."""
 
 
 class Generate(Section):

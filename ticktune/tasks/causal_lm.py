@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.errors import BaseModelError, DataError, RecipeError, first_line
@@ -25,12 +26,16 @@ class NextToken(Task):
         return float((batch["labels"][:, 1:] != IGNORED).sum())
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Token ids and mask, (batch, seq) int64."""
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        """Token ids, and mask or, of packed rows, positions; all (batch, seq) int64."""
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """Runs the model without labels; ``logits`` is (batch, seq, vocabulary)."""
         return model(**self.inputs(batch), use_cache=False)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The next token at each position, (batch, seq); there is none at the last."""
+        return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
     def counted(self, batch: Batch) -> Tensor | None:
         """The positions that are no padding, (batch, seq)."""
@@ -151,6 +156,27 @@ class CausalLm(NextToken):
             batch["prompt_mask"] = padded([[1] * len(row) for row in prompts], 0, on_right=False)
             batch["answers"] = [e["answer"] for e in examples]
         return batch
+
+    def pack(self, rows: Sequence[Sequence[Example]]) -> Batch:
+        """Examples one after the other, each with positions from 0, by which transformers keeps them apart.
+
+        Token ids, positions and labels are (rows, seq) int64; what fills a row up is like one more example. No first
+        token is learned, as in :meth:`collate`.
+        """
+        ids = [[token for example in row for token in example["input_ids"]] for row in rows]
+        labels = [[label for e in row for label in (IGNORED, *e["labels"][1:])] for row in rows]
+        positions = [[place for example in row for place in range(example["length"])] for row in rows]
+        longest = max(map(len, ids))
+        return {
+            "input_ids": padded(ids, self.tokenizer.pad_token_id, on_right=True),
+            "position_ids": torch.tensor([[*row, *range(longest - len(row))] for row in positions]),
+            "labels": padded(labels, IGNORED, on_right=True),
+            "examples": sum(map(len, rows)),
+        }
+
+    def rows(self, batch: Batch) -> int:
+        """The number of examples in a batch."""
+        return int(batch.get("examples", len(batch["input_ids"])))
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross entropy of the next token, summed over the learned tokens."""

@@ -139,6 +139,11 @@ class MaskedLm(Task):
         target = batch["labels"][guessed]
         return F.cross_entropy(logits[guessed].float(), target, label_smoothing=smoothing, reduction="sum")
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The tokens that are guessed, (batch, seq)."""
+        labels: Tensor = batch["labels"]
+        return labels
+
     def counted(self, batch: Batch) -> Tensor | None:
         """The positions that are no padding, (batch, seq)."""
         mask: Tensor = batch["attention_mask"]

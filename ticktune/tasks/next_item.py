@@ -136,6 +136,10 @@ class NextItem(NextToken):
         target = self._target(batch)
         return token_loss(outputs.logits[:, :-1], target, self.options.label_smoothing)
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The known next item at each position, (batch, seq); there is none at the last."""
+        return F.pad(self._target(batch), (0, 1), value=IGNORED)
+
     def metrics(self) -> Any:
         """Means over the items to predict.
 

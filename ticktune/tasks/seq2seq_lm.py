@@ -137,6 +137,11 @@ class Seq2SeqLm(Task):
     def _loss(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
         return token_loss(logits, batch["labels"], smoothing)
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The target's tokens, (batch, target)."""
+        labels: Tensor = batch["labels"]
+        return labels
+
     def counted(self, batch: Batch) -> Tensor | None:
         """The positions of the target that are no padding, (batch, target)."""
         return batch["labels"] != IGNORED  # type: ignore[no-any-return]

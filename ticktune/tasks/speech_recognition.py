@@ -363,6 +363,11 @@ class GeneratedRecognition(_Speech):
         """Runs the model without labels; ``logits`` is (batch, tokens, vocabulary)."""
         return model(**self.inputs(batch), use_cache=False)
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The transcript's tokens, (batch, tokens)."""
+        labels: Tensor = batch["labels"]
+        return labels
+
     def counted(self, batch: Batch) -> Tensor | None:
         """The learned tokens, (batch, tokens)."""
         learned: Tensor = batch["labels"] != IGNORED

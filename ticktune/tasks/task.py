@@ -170,6 +170,18 @@ class Task(ABC):
             seed: Of what is random in training, such as a flipped image; None: nothing is.
         """
 
+    def pack(self, rows: Sequence[Sequence[Example]]) -> Batch:
+        """Makes a batch whose rows hold several examples each; only where ``training.packing`` means something.
+
+        Args:
+            rows: The examples of each row.
+        """
+        raise NotImplementedError
+
+    def rows(self, batch: Batch) -> int:
+        """The number of examples in a batch."""
+        return len(next(iter(batch.values())))
+
     def weight(self, batch: Batch) -> float:
         """How much the batch counts: its rows, or its supervised tokens."""
         return float(len(next(iter(batch.values()))))
@@ -189,6 +201,14 @@ class Task(ABC):
     @abstractmethod
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss summed over what :meth:`weight` counts, float32 scalar."""
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        """What a language-model head is to say at each position, where :meth:`loss` is no more than :func:`token_loss`.
+
+        Returns:
+            (batch, seq) int64, IGNORED where there is no loss; None: the loss is of another kind.
+        """
+        return None
 
     def counted(self, batch: Batch) -> Tensor | None:
         """Which positions' logits mean something, a mask of their leading dimensions; None: all."""

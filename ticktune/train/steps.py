@@ -16,6 +16,7 @@ from ticktune.device import Compute, mix
 from ticktune.errors import NumericsError
 from ticktune.patch.attach import set_training
 from ticktune.tasks.task import Batch, Task
+from ticktune.train.head_loss import LossOf, plain_loss
 
 _MAX_SKIPPED = 16
 """fp16 steps that may be skipped in a row: from 2^16, the scaler's first scale, down to 1."""
@@ -61,6 +62,7 @@ def train_steps(
     seed: int,
     base_dropout: bool = True,
     first_step: int = 0,
+    loss_of: LossOf | None = None,
 ) -> Iterator[StepReport]:
     """Trains some parameters of a model.
 
@@ -81,6 +83,7 @@ def train_steps(
         seed: The run's seed.
         base_dropout: Whether the base's own dropout acts.
         first_step: Steps that are done already.
+        loss_of: How the loss of a micro-batch is computed; None: by the task's forward and loss.
 
     Yields:
         A report after each optimizer step.
@@ -89,6 +92,7 @@ def train_steps(
         NumericsError: A loss or gradient is not finite; the parameters are then as before the step.
     """
     parameters = [parameter for _, parameter in named]
+    loss_of = loss_of or plain_loss(task)
     skipped_in_a_row = 0
     for step, batch in enumerate(batches, start=first_step):
         started = time.perf_counter()
@@ -98,7 +102,7 @@ def train_steps(
         weight = sum(task.weight(micro) for micro in batch)
         loss = torch.zeros((), device=compute.device)
         for number, micro in enumerate(batch):
-            loss += _backward(model, task, compute.put(micro), weight, scaler, compute, mix(seed, step, number))
+            loss += _backward(model, loss_of, compute.put(micro), weight, scaler, compute, mix(seed, step, number))
         scaler.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
         value = float(loss)
@@ -121,7 +125,7 @@ def train_steps(
             loss=value,
             lr=optimizer.param_groups[0]["lr"],
             grad_norm=norm,
-            rows=sum(len(next(iter(micro.values()))) for micro in batch),
+            rows=sum(task.rows(micro) for micro in batch),
             seconds=time.perf_counter() - started,
             skipped=overflow,
             scale=scale,
@@ -137,6 +141,7 @@ def try_step(
     compute: Compute,
     *,
     base_dropout: bool = True,
+    loss_of: LossOf | None = None,
 ) -> None:
     """Computes the gradients of one micro-batch and throws them away, to see whether they fit into memory.
 
@@ -146,14 +151,15 @@ def try_step(
     devices = [compute.device] if compute.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         set_training(model, True, base_dropout=base_dropout)
-        _backward(model, task, compute.put(batch), max(1.0, task.weight(batch)), scaler, compute, 0)
+        weight = max(1.0, task.weight(batch))
+        _backward(model, loss_of or plain_loss(task), compute.put(batch), weight, scaler, compute, 0)
     np.random.set_state(numpy_state)
     optimizer.zero_grad(set_to_none=True)
 
 
 def _backward(
     model: nn.Module,
-    task: Task,
+    loss_of: LossOf,
     batch: Batch,
     weight: float,
     scaler: torch.amp.GradScaler,
@@ -162,8 +168,7 @@ def _backward(
 ) -> Tensor:
     torch.manual_seed(seed)
     with compute.autocast():
-        outputs = task.forward(model, batch)
-        loss = task.loss(outputs, batch) / weight
+        loss = loss_of(model, batch) / weight
     scaler.scale(loss).backward()
     return loss.detach()
 

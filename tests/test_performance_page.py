@@ -1,0 +1,15 @@
+"""The page on performance says what the committed results say."""
+
+import json
+from pathlib import Path
+
+from benchmarks import loss
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_tables_of_the_loss_are_made_of_the_committed_results() -> None:
+    document = json.loads((ROOT / "benchmarks/results/loss.json").read_text(encoding="utf-8"))
+    assert document["loss"]
+    assert document["layouts"]
+    assert loss.table(document) in (ROOT / "docs/performance.md").read_text(encoding="utf-8")
