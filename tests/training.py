@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.task import Batch, EncodingReport, TaskOptions
 from ticktune.tasks.text_classification import TextClassification
 from ticktune.train.groups import build_optimizer, lr_factor
-from ticktune.train.steps import StepReport, train_steps
+from ticktune.train.steps import Around, StepReport, train_steps
 
 CPU = Compute(torch.device("cpu"), "fp32")
 CPU_FP16 = Compute(torch.device("cpu"), "fp16")
@@ -82,6 +83,7 @@ def steps(
     seed: int = 7,
     base_dropout: bool = True,
     first_step: int = 0,
+    around: Around = nullcontext,
 ) -> Iterator[StepReport]:
     """The training loop on a schedule of 20 steps."""
     return train_steps(
@@ -97,6 +99,7 @@ def steps(
         seed=seed,
         base_dropout=base_dropout,
         first_step=first_step,
+        around=around,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,20 @@ from ticktune.base import fingerprint, stored_quantization, without_weights
 from ticktune.console import Console, figure
 from ticktune.data.batches import epoch_batches, micro_batches, sorted_batches
 from ticktune.device import Compute, describe, is_out_of_memory, mix
-from ticktune.errors import Interrupted, NumericsError, OutputError, Problem, ResourceError
+from ticktune.errors import (
+    Interrupted,
+    NumericsError,
+    OutputError,
+    PatchError,
+    Problem,
+    RecipeError,
+    ResourceError,
+)
 from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
+from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
 from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.registry import TASKS
@@ -29,6 +38,8 @@ from ticktune.report.page import report_page
 from ticktune.signals import Signals, StopAsked
 from ticktune.tasks.task import Batch
 from ticktune.train.groups import build_optimizer, lr_factor
+from ticktune.train.memory import Activations, measured
+from ticktune.train.prefix import NUMBERS, PrefixCache
 from ticktune.train.steps import StepReport, train_steps, try_step
 from ticktune.versions import versions
 
@@ -95,6 +106,29 @@ class Schedule:
         return bool(step % period == 0)
 
 
+def build_prefix_cache(prepared: Prepared, model: nn.Module) -> PrefixCache | None:
+    """Proves that the result of the frozen lower layers can be kept; None where the recipe does not ask for it.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    recipe = prepared.loaded.recipe
+    if recipe.training.prefix_cache == "off":
+        return None
+    keeps_dropout = recipe.base.dropout == "keep"
+    try:
+        return PrefixCache(
+            model, prepared.task, prepared.examples["train"], prepared.compute, base_dropout=keeps_dropout
+        )
+    except PatchError as error:
+        [problem] = error.problems
+        raise RecipeError(
+            f"hidden states of this run cannot be kept: {problem.message}",
+            where=prepared.loaded.where("training.prefix_cache"),
+            fix=problem.fix or "set training.prefix_cache: off",
+        ) from error
+
+
 class Session:
     """Drives the loop: when to log, evaluate, save and stop.
 
@@ -104,10 +138,17 @@ class Session:
         run: The run's folder, locked.
         console: Where to print.
         signals: Polled between steps and in evaluations.
+        cache: Keeps the result of the frozen lower layers, from :func:`build_prefix_cache`; None: none does.
     """
 
     def __init__(
-        self, prepared: Prepared, model: nn.Module, run: RunFolder, console: Console, signals: Signals
+        self,
+        prepared: Prepared,
+        model: nn.Module,
+        run: RunFolder,
+        console: Console,
+        signals: Signals,
+        cache: PrefixCache | None = None,
     ) -> None:
         self.prepared, self.model, self.run, self.console, self.signals = (
             prepared,
@@ -130,8 +171,23 @@ class Session:
         micro = self.recipe.training.micro_batch_size or self.recipe.training.batch_size
         self.micro_batch_size = micro
         self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, micro)
+        self.cache = cache
+        training = self.recipe.training
+        self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
+        self._places = places_of(model, self._layers)
+        self._stand_ins = self._built_stand_ins()
+        self._activations: Activations | None = None  # of the longest rows
         self._work = "starting"  # what is being done, for messages
         self._batch: Sequence[int] = ()
+
+    def _built_stand_ins(self) -> dict[nn.Module, nn.Module]:
+        training = self.recipe.training
+        found = {layer: layer for layer in self._layers}
+        if training.compile:
+            found = {layer: Compiled(layer) for layer in self._layers}
+        if training.gradient_checkpointing:
+            found = {layer: Checkpointed(inner) for layer, inner in found.items()}
+        return found
 
     def go(self) -> None:
         """Trains to the end, and writes the adapter, the record and the report.
@@ -150,14 +206,16 @@ class Session:
         self.run.update(status="running")
         try:
             with self._memory_named():
-                if newest is None:
+                # What is compiled depends on the rows that come first: they are the same in every stretch.
+                if newest is None or self.recipe.training.compile:
                     self._try_longest()
                 if not self.progress.history:
                     self._evaluate(first=True)
                 elif self.progress.history[-1]["step"] < self.progress.step and self._evaluation_is_due():
                     self._evaluate()  # a stop came between the step and its evaluation
                     self._save()
-                if not self._out_of_patience():
+                if not self._out_of_patience() and self.progress.step < self.plan.total:
+                    self._fill_cache()
                     self._steps()
         except StopAsked as stop:
             raise self._interrupted(stop) from None
@@ -168,6 +226,8 @@ class Session:
         examples, task = self.prepared.examples["train"], self.prepared.task
         numbers = next(iter(sorted_batches(examples.lengths, self.micro_batch_size)))
         self._work = f"trying the longest rows, {self._described(numbers)}"
+        training = self.recipe.training
+        measures = training.gradient_checkpointing and not training.compile
         try_step(
             self.model,
             task,
@@ -176,7 +236,49 @@ class Session:
             self.scaler,
             self.compute,
             base_dropout=self.recipe.base.dropout == "keep",
+            around=self._measured if measures else self._around,
         )
+        if self._activations is not None:
+            kept = self._activations
+            self.run.update(
+                activations={
+                    "rows": len(numbers),
+                    "length": examples.lengths[numbers[0]],
+                    "bytes": kept.checkpointed,
+                    "bytes_without_checkpointing": kept.plain,
+                }
+            )
+            self.console.note(
+                f"gradient checkpointing keeps {kept.checkpointed / 1e6:.1f} MB of activations instead of "
+                f"{kept.plain / 1e6:.1f} MB, for {self._described(numbers)}"
+            )
+
+    @contextmanager
+    def _measured(self, batch: Batch) -> Iterator[None]:
+        with measured(self.model, self._layers) as self._activations:
+            yield
+
+    def _fill_cache(self) -> None:
+        """Computes what is kept of the frozen lower layers, anew in each stretch."""
+        if self.cache is None:
+            return
+        started, size = time.monotonic(), max(32, self.micro_batch_size)
+        count = len(self.cache.prefix.layers)
+        self._work = f"computing the lowest {count} layers of the longest rows, {size} at once"
+        kind = self.recipe.training.prefix_cache
+        self.cache.fill(kind, size, self.signals.poll)  # type: ignore[arg-type]  # it is not off
+        seconds = time.monotonic() - started
+        rows = len(self.prepared.examples["train"])
+        self.console.note(f"the lowest {count} layers are computed for {rows:,} rows, once: {seconds:.1f} s")
+
+    @contextmanager
+    def _around(self, batch: Batch) -> Iterator[None]:
+        """What stands in the place of layers in a forward pass of training."""
+        with ExitStack() as stack:
+            stack.enter_context(standing_in(self._places, self._stand_ins))
+            if self.cache is not None and NUMBERS in batch:
+                stack.enter_context(self.cache.serving(batch))
+            yield
 
     def _described(self, numbers: Sequence[int]) -> str:
         longest = max(self.prepared.examples["train"].lengths[number] for number in numbers)
@@ -198,6 +300,7 @@ class Session:
             seed=self.recipe.training.seed,
             base_dropout=self.recipe.base.dropout == "keep",
             first_step=first,
+            around=self._around,
         )
         with self.console.progress(self.plan.total, first) as bar, self._rows_named():
             for report in reports:
@@ -226,7 +329,10 @@ class Session:
                 parts = enumerate(micro_batches(batch, self.micro_batch_size))
                 self._batch = batch
                 self._work = f"step {step + 1}, {self._described(batch)}"
-                yield [task.collate(examples.take(part), seed=mix(seed, number)) for number, part in parts]
+                yield [
+                    task.collate(examples.take(part), seed=mix(seed, number)) | {NUMBERS: part}
+                    for number, part in parts
+                ]
                 self.signals.poll()
                 step += 1
             epoch += 1

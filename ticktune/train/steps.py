@@ -6,7 +6,9 @@ It knows no task by name, no family and no file. Whoever iterates decides when t
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from ticktune.device import Compute, mix
 from ticktune.errors import NumericsError
 from ticktune.patch.attach import set_training
 from ticktune.tasks.task import Batch, Task
+
+Around = Callable[[Batch], AbstractContextManager[Any]]
+"""What the forward pass of a batch runs in."""
 
 _MAX_SKIPPED = 16
 """fp16 steps that may be skipped in a row: from 2^16, the scaler's first scale, down to 1."""
@@ -61,6 +66,7 @@ def train_steps(
     seed: int,
     base_dropout: bool = True,
     first_step: int = 0,
+    around: Around = nullcontext,
 ) -> Iterator[StepReport]:
     """Trains some parameters of a model.
 
@@ -81,6 +87,7 @@ def train_steps(
         seed: The run's seed.
         base_dropout: Whether the base's own dropout acts.
         first_step: Steps that are done already.
+        around: Gives what the forward pass of a micro-batch runs in.
 
     Yields:
         A report after each optimizer step.
@@ -98,7 +105,7 @@ def train_steps(
         weight = sum(task.weight(micro) for micro in batch)
         loss = torch.zeros((), device=compute.device)
         for number, micro in enumerate(batch):
-            loss += _backward(model, task, compute.put(micro), weight, scaler, compute, mix(seed, step, number))
+            loss += _backward(model, task, compute.put(micro), weight, scaler, compute, mix(seed, step, number), around)
         scaler.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
         value = float(loss)
@@ -137,6 +144,7 @@ def try_step(
     compute: Compute,
     *,
     base_dropout: bool = True,
+    around: Around = nullcontext,
 ) -> None:
     """Computes the gradients of one micro-batch and throws them away, to see whether they fit into memory.
 
@@ -146,7 +154,7 @@ def try_step(
     devices = [compute.device] if compute.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         set_training(model, True, base_dropout=base_dropout)
-        _backward(model, task, compute.put(batch), max(1.0, task.weight(batch)), scaler, compute, 0)
+        _backward(model, task, compute.put(batch), max(1.0, task.weight(batch)), scaler, compute, 0, around)
     np.random.set_state(numpy_state)
     optimizer.zero_grad(set_to_none=True)
 
@@ -159,9 +167,10 @@ def _backward(
     scaler: torch.amp.GradScaler,
     compute: Compute,
     seed: int,
+    around: Around,
 ) -> Tensor:
     torch.manual_seed(seed)
-    with compute.autocast():
+    with around(batch), compute.autocast():
         outputs = task.forward(model, batch)
         loss = task.loss(outputs, batch) / weight
     scaler.scale(loss).backward()
