@@ -543,8 +543,11 @@ def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
 
 
 def _check_metric(loaded: LoadedRecipe, task: Task) -> None:
-    asked, known = loaded.recipe.evaluation.metric, list(task.metrics())
-    if asked != "auto" and asked not in known:
+    asked = loaded.recipe.evaluation.metric
+    if asked == "auto":
+        return  # the metrics' package takes a second to import
+    known = list(task.metrics())
+    if asked not in known:
         raise RecipeError(
             f"these rows make a problem with the metrics {', '.join(known)}, found {asked}",
             where=loaded.where("evaluation.metric"),
