@@ -155,6 +155,22 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
     return found
 
 
+def table(seconds: dict[str, Any]) -> str:
+    """The CPU seconds as a table in Markdown.
+
+    Args:
+        seconds: What :func:`measure` gave.
+    """
+    stages = ("longest rows", "our imports", "metrics", "prepare", "overhead", "whole")
+    rows = [["command", *stages], ["---"] * (len(stages) + 1)]
+    for name, found in seconds.items():
+        if "whole" in found:
+            rows.append([name, *(f"{found[stage]['cpu_seconds']:.2f}" for stage in stages)])
+        else:
+            rows.append([name, *["-"] * (len(stages) - 1), f"{found['cpu_seconds']:.2f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description="Measure how long the command line takes before it computes.")

@@ -148,6 +148,28 @@ def measure(precision: str, turns: int, steps: int, names: list[str]) -> dict[st
     }
 
 
+def table(found: dict[str, Any]) -> str:
+    """The steps as a table in Markdown.
+
+    Args:
+        found: What :func:`measure` gave, by arithmetic.
+    """
+    head = ["", *(f"{precision}: s a step" for precision in found), "memory kept for the backward pass"]
+    rows = [head, ["---"] * len(head)]
+    for name in VARIANTS:
+        times = [f"{one['variants'][name]['seconds_per_step']:.3f}" for one in found.values()]
+        facts = next(iter(found.values()))["variants"][name]
+        kept = "-"
+        if "activation_bytes" in facts:
+            sizes = facts["activation_bytes"], facts["activation_bytes_without"]
+            kept = " instead of ".join(f"{size / 1e6:.1f} MB" for size in sizes)
+        rows.append([name, *times, kept])
+    for what in ("over the upper half", "over all layers"):
+        speedups = [f"{one['speedup_of_a_kept_prefix'][what]:.2f}×" for one in found.values()]
+        rows.append([f"speed of a kept prefix {what}", *speedups, "-"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description="Measure training steps.")
