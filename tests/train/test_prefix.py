@@ -298,6 +298,16 @@ def test_a_model_that_looks_back_at_lower_layers_is_refused(tiny_bert: Path) -> 
         _cache(work)
 
 
+def test_a_model_that_does_not_run_behind_them_is_refused(tiny_bert: Path) -> None:
+    work = _ticked(_work("bert", tiny_bert))
+    layers = work.model.bert.encoder.layer  # type: ignore[union-attr]
+    seen: dict[str, torch.Tensor] = {}
+    layers[0].register_forward_hook(lambda module, args, output: seen.update(x=output))  # type: ignore[index]
+    layers[2].register_forward_hook(lambda module, args, output: output + seen.pop("x"))  # type: ignore[index]
+    with pytest.raises(PatchError, match="behind its frozen layers it does not run: 'x'"):
+        _cache(work)
+
+
 def test_dropout_of_routed_ticks_is_refused(tiny_llama: Path) -> None:
     """Padding is routed too, and from other states to other experts, whose ticks then draw other numbers."""
     work = _ticked(_work("mixtral", tiny_llama), dropout=0.1)

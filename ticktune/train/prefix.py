@@ -17,7 +17,7 @@ from ticktune.data.batches import sorted_batches
 from ticktune.data.encode import Encoded
 from ticktune.data.states import States
 from ticktune.device import Compute
-from ticktune.errors import PatchError
+from ticktune.errors import PatchError, first_line
 from ticktune.patch.attach import set_training
 from ticktune.patch.standins import Prefix, find_prefix
 from ticktune.tasks.task import Batch, Task
@@ -147,8 +147,11 @@ class PrefixCache:
         if alone.shape != rows[0].shape or float((alone - rows[0]).abs().max()) > tolerance * float(alone.abs().max()):
             raise PatchError("the hidden states of a row depend on the other rows of its batch")
         plain = self._loss(batch)
-        with self.prefix.replaced(pad_sequence(rows, batch_first=True)):
-            served = self._loss(batch)
+        try:
+            with self.prefix.replaced(pad_sequence(rows, batch_first=True)):
+                served = self._loss(batch)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:  # its own
+            raise PatchError(f"behind its frozen layers it does not run: {first_line(error)}") from error
         if not abs(served - plain) <= tolerance * abs(plain):
             raise PatchError(f"behind its frozen layers it computes a loss of {served}, and with them {plain}")
 
