@@ -57,6 +57,24 @@ def test_losses_and_gradients_are_those_without_it(
     assert same(found[0][2], found[1][2])
 
 
+def test_a_writer_that_classifies_fills_no_cache_twice(tiny_llama: Path) -> None:
+    """Its task does not say that no keys and values are to be kept, so it keeps them."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        work = classification(tiny_llama)
+        work.model.config.pad_token_id = 0  # type: ignore[union-attr]
+        assert work.model.config.use_cache  # type: ignore[union-attr]
+        attach(work.model, 4)
+        with measured(work.model, layers_of(work.model)) as kept:
+            work.task.forward(work.model, work.batches(24)[0][0])
+        options = {"around": _around(work)} if checkpointed else {}
+        reports = list(steps(work, work.batches(12), optimizer_of(work.model), **options))
+        found.append(([r.loss for r in reports], kept.plain))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 2
+
+
 @pytest.mark.parametrize("layers", ["all", "last:1"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_every_trained_tensor_has_a_gradient_and_nothing_else(

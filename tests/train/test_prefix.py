@@ -113,6 +113,17 @@ def test_from_the_states_of_the_same_batch_they_are_the_same_bit_for_bit(tiny_be
     assert same(found[2], tensors)
 
 
+def test_a_writer_that_classifies_begins_behind_its_prefix_too(tiny_llama: Path) -> None:
+    """Its task does not say that no keys and values are to be kept, so it keeps them."""
+    found = []
+    for kept in (False, True):
+        torch.manual_seed(0)
+        work = classification(tiny_llama)
+        work.model.config.pad_token_id = 0  # type: ignore[union-attr]
+        found.append(_trained(_ticked(work), _cache(work).serving if kept else None)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_head_alone_begins_behind_the_last_layer(tiny_bert: Path) -> None:
     plain, kept = (_work("bert", tiny_bert) for _ in range(2))
     for work in (plain, kept):

@@ -36,12 +36,25 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["_layer"][0], name)
 
 
+# What hands keys and values from one call of a model to the next. Training makes one call, and a layer that runs twice
+# would write there twice.
+_KEPT_FROM_CALL_TO_CALL = ("past_key_values", "past_key_value", "layer_past")
+
+
+def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer without a cache of keys and values."""
+    dropped = {name: None for name in _KEPT_FROM_CALL_TO_CALL if name in arguments}
+    if "use_cache" in arguments:
+        dropped["use_cache"] = False  # type: ignore[assignment]
+    return {**arguments, **dropped}
+
+
 class Checkpointed(StandIn):
     """Runs its layer without keeping what the backward pass needs, and runs it again when that is needed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns; dropout draws the same numbers in both runs."""
-        return checkpoint(self._layer[0], *args, use_reentrant=False, **kwargs)
+        return checkpoint(self._layer[0], *args, use_reentrant=False, **without_cache(kwargs))
 
 
 class Compiled(StandIn):
@@ -62,7 +75,7 @@ class Compiled(StandIn):
             RecipeError: It cannot be compiled.
         """
         try:
-            return self._run[0](*args, **kwargs)
+            return self._run[0](*args, **without_cache(kwargs))
         except RuntimeError as error:
             from torch._dynamo.exc import TorchDynamoException  # takes a second
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticktune.patch.standins import Checkpointed, places_of, standing_in
+from ticktune.patch.standins import Checkpointed, places_of, standing_in, without_cache
 
 
 @dataclass
@@ -99,7 +99,7 @@ class _Measured(Checkpointed):
         self._inputs.add(_storage(states))
         kept = _Kept([*self._weights, *shared])
         with kept:
-            self._layer[0](*args, **kwargs)
+            self._layer[0](*args, **without_cache(kwargs))
         self._found.layers.append(kept.total)
         return super().forward(*args, **kwargs)
 
