@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tests.models as models
 from tests.training import Work, causal_lm, classification, optimizer_of, same, snapshot, steps
@@ -57,14 +58,17 @@ def test_losses_and_gradients_are_those_without_it(
     assert same(found[0][2], found[1][2])
 
 
-def test_a_writer_that_classifies_fills_no_cache_twice(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_writer_that_classifies_fills_no_cache_twice(family: str, tiny_llama: Path) -> None:
     """Its task does not say that no keys and values are to be kept, so it keeps them."""
     found = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         work = classification(tiny_llama)
-        work.model.config.pad_token_id = 0  # type: ignore[union-attr]
-        assert work.model.config.use_cache  # type: ignore[union-attr]
+        config = models.table()[family].config
+        config.pad_token_id = 0
+        assert config.use_cache
+        work.model = transformers.AutoModelForSequenceClassification.from_config(config)
         attach(work.model, 4)
         with measured(work.model, layers_of(work.model)) as kept:
             work.task.forward(work.model, work.batches(24)[0][0])

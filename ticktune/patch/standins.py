@@ -36,17 +36,17 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["_layer"][0], name)
 
 
-# What hands keys and values from one call of a model to the next. Training makes one call, and a layer that runs twice
-# would write there twice.
-_KEPT_FROM_CALL_TO_CALL = ("past_key_values", "past_key_value", "layer_past")
+def without_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a layer without the cache that hands keys and values from one call of a model to the next.
 
+    Training makes one call, and a layer that runs twice would write there twice.
+    """
 
-def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a layer without a cache of keys and values."""
-    dropped = {name: None for name in _KEPT_FROM_CALL_TO_CALL if name in arguments}
-    if "use_cache" in arguments:
-        dropped["use_cache"] = False  # type: ignore[assignment]
-    return {**arguments, **dropped}
+    def kept(value: Any) -> Any:
+        return None if hasattr(value, "get_seq_length") else value
+
+    named = {name: kept(value) for name, value in kwargs.items()}
+    return [kept(value) for value in args], named | ({"use_cache": False} if "use_cache" in named else {})
 
 
 class Checkpointed(StandIn):
@@ -54,7 +54,8 @@ class Checkpointed(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns; dropout draws the same numbers in both runs."""
-        return checkpoint(self._layer[0], *args, use_reentrant=False, **without_cache(kwargs))
+        values, named = without_cache(args, kwargs)
+        return checkpoint(self._layer[0], *values, use_reentrant=False, **named)
 
 
 class Compiled(StandIn):
@@ -74,8 +75,9 @@ class Compiled(StandIn):
         Raises:
             RecipeError: It cannot be compiled.
         """
+        values, named = without_cache(args, kwargs)
         try:
-            return self._run[0](*args, **without_cache(kwargs))
+            return self._run[0](*values, **named)
         except RuntimeError as error:
             from torch._dynamo.exc import TorchDynamoException  # takes a second
 

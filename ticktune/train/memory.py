@@ -98,8 +98,9 @@ class _Measured(Checkpointed):
         states, *shared = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         self._inputs.add(_storage(states))
         kept = _Kept([*self._weights, *shared])
+        values, named = without_cache(args, kwargs)
         with kept:
-            self._layer[0](*args, **without_cache(kwargs))
+            self._layer[0](*values, **named)
         self._found.layers.append(kept.total)
         return super().forward(*args, **kwargs)
 
