@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ticktune.tasks.task import Batch, EncodingReport, TaskOptions
 from ticktune.tasks.text_classification import TextClassification
 from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import LossOf
-from ticktune.train.steps import StepReport, train_steps
+from ticktune.train.steps import Around, StepReport, train_steps
 
 CPU = Compute(torch.device("cpu"), "fp32")
 CPU_FP16 = Compute(torch.device("cpu"), "fp16")
@@ -84,6 +85,7 @@ def steps(
     base_dropout: bool = True,
     first_step: int = 0,
     loss_of: LossOf | None = None,
+    around: Around = nullcontext,
 ) -> Iterator[StepReport]:
     """The training loop on a schedule of 20 steps."""
     return train_steps(
@@ -100,6 +102,7 @@ def steps(
         base_dropout=base_dropout,
         first_step=first_step,
         loss_of=loss_of,
+        around=around,
     )
 
 

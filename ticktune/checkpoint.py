@@ -199,9 +199,7 @@ def _restore_optimizer(
         key, _, kind = name.rpartition("#")
         if key not in parameters:
             raise CheckpointError(f"the optimizer state {name} has no place in this model", where=str(path))
-        # AdamW keeps its step counter on the CPU.
-        device = "cpu" if kind == "step" else parameters[key].device
-        optimizer.state[parameters[key]][kind] = tensor.to(device)
+        optimizer.state[parameters[key]][kind] = tensor.to(parameters[key].device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

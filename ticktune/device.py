@@ -1,6 +1,9 @@
 """Device, precision, threads and seeds: what the hardware can do, decided once and said."""
 
 import hashlib
+import os
+import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +22,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """What weights may be held in, as recipes and configs name it."""
 
+_CXX = "clang++" if sys.platform == "darwin" else "g++"
 _AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,6 +108,27 @@ def cpu_has_bf16() -> bool:
         return any(facts.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch < 2.12
     return bool(probe()) if probe else False
+
+
+def check_compiler(device: torch.device, where: str) -> None:
+    """Refuses to compile a model where no compiler is installed.
+
+    Args:
+        device: Where the model runs.
+        where: What asks for it.
+
+    Raises:
+        RecipeError: The compiler that torch would call is not there.
+    """
+    variable, usual = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", (_CXX,))
+    names = [os.environ[variable]] if os.environ.get(variable) else list(usual)
+    if not any(shutil.which(name) for name in names):
+        raise RecipeError(
+            f"torch compiles layers with {' or '.join(names)}, which is not installed",
+            where=where,
+            fix=f"install {names[0]}, name a compiler in the environment variable {variable}, or set "
+            "training.compile: false",
+        )
 
 
 def mix(*numbers: int | str) -> int:

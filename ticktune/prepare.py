@@ -30,7 +30,7 @@ from ticktune.data.audit import audit
 from ticktune.data.batches import split_rows
 from ticktune.data.encode import Encoded, encode_rows, processor_identity
 from ticktune.data.read import BadRows, Rows, read_rows
-from ticktune.device import Compute, choose_compute
+from ticktune.device import Compute, check_compiler, choose_compute
 from ticktune.errors import BaseModelError, CheckpointError, DataError, Problem, RecipeError, UsageError, first_line
 from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import read_json, verify_directory
@@ -98,6 +98,8 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     recipe = loaded.recipe
     compute = choose_compute(recipe.training.device, recipe.training.precision)
     check_possible(recipe.base.quantize, compute.device)
+    if recipe.training.compile:
+        check_compiler(compute.device, loaded.where("training.compile"))
     rows = read_splits(loaded, poll)
     _refuse_training_rows(loaded, rows)
     base = _locate_base(loaded)
@@ -544,8 +546,11 @@ def _read(loaded: LoadedRecipe, name: str, source: Source, poll: Poll) -> Rows:
 
 
 def _check_metric(loaded: LoadedRecipe, task: Task) -> None:
-    asked, known = loaded.recipe.evaluation.metric, list(task.metrics())
-    if asked != "auto" and asked not in known:
+    asked = loaded.recipe.evaluation.metric
+    if asked == "auto":
+        return  # the metrics' package takes a second to import
+    known = list(task.metrics())
+    if asked not in known:
         raise RecipeError(
             f"these rows make a problem with the metrics {', '.join(known)}, found {asked}",
             where=loaded.where("evaluation.metric"),

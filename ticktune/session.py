@@ -3,7 +3,7 @@
 import heapq
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,21 @@ from ticktune.base import fingerprint, stored_quantization, without_weights
 from ticktune.console import Console, figure
 from ticktune.data.batches import Epochs, micro_batches, packed_rows, sorted_batches
 from ticktune.device import Compute, describe, is_out_of_memory, mix
-from ticktune.errors import BaseModelError, Interrupted, NumericsError, OutputError, Problem, ResourceError
+from ticktune.errors import (
+    BaseModelError,
+    Interrupted,
+    NumericsError,
+    OutputError,
+    PatchError,
+    Problem,
+    RecipeError,
+    ResourceError,
+)
 from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
+from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
 from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Training
@@ -31,7 +41,9 @@ from ticktune.signals import Signals, StopAsked
 from ticktune.tasks.task import Batch, Task
 from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, find_head, head_loss, plain_loss
+from ticktune.train.memory import Activations, measured
 from ticktune.train.packing import packed_pair, packing_obstacle
+from ticktune.train.prefix import NUMBERS, PrefixCache
 from ticktune.train.steps import StepReport, train_steps, try_step
 from ticktune.versions import versions
 
@@ -127,6 +139,29 @@ class Schedule:
         return epoch + (step - start) / (self.epochs.end(epoch) - start)
 
 
+def build_prefix_cache(prepared: Prepared, model: nn.Module) -> PrefixCache | None:
+    """Proves that the result of the frozen lower layers can be kept; None where the recipe does not ask for it.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    recipe = prepared.loaded.recipe
+    if recipe.training.prefix_cache == "off":
+        return None
+    keeps_dropout = recipe.base.dropout == "keep"
+    try:
+        return PrefixCache(
+            model, prepared.task, prepared.examples["train"], prepared.compute, base_dropout=keeps_dropout
+        )
+    except PatchError as error:
+        [problem] = error.problems
+        raise RecipeError(
+            f"hidden states of this run cannot be kept: {problem.message}",
+            where=prepared.loaded.where("training.prefix_cache"),
+            fix=problem.fix or "set training.prefix_cache: off",
+        ) from error
+
+
 class Session:
     """Drives the loop: when to log, evaluate, save and stop.
 
@@ -136,10 +171,17 @@ class Session:
         run: The run's folder, locked.
         console: Where to print.
         signals: Polled between steps and in evaluations.
+        cache: Keeps the result of the frozen lower layers, from :func:`build_prefix_cache`; None: none does.
     """
 
     def __init__(
-        self, prepared: Prepared, model: nn.Module, run: RunFolder, console: Console, signals: Signals
+        self,
+        prepared: Prepared,
+        model: nn.Module,
+        run: RunFolder,
+        console: Console,
+        signals: Signals,
+        cache: PrefixCache | None = None,
     ) -> None:
         self.prepared, self.model, self.run, self.console, self.signals = (
             prepared,
@@ -164,8 +206,22 @@ class Session:
         self.micro_batch_size = rows or len(prepared.examples["train"])  # of so many tokens: a whole batch
         self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, rows or 0)
         self.loss_of = plain_loss(prepared.task)
+        self.cache = cache
+        self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
+        self._places = places_of(model, self._layers)
+        self._stand_ins = self._built_stand_ins()
+        self._activations: Activations | None = None  # of the longest rows
         self._work = "starting"  # what is being done, for messages
         self._batch: Sequence[int] = ()
+
+    def _built_stand_ins(self) -> dict[nn.Module, nn.Module]:
+        training = self.recipe.training
+        found = {layer: layer for layer in self._layers}
+        if training.compile:
+            found = {layer: Compiled(layer) for layer in self._layers}
+        if training.gradient_checkpointing:
+            found = {layer: Checkpointed(inner) for layer, inner in found.items()}
+        return found
 
     def go(self) -> None:
         """Trains to the end, and writes the adapter, the record and the report.
@@ -185,14 +241,16 @@ class Session:
             with self._memory_named():
                 self._warn_little_space()
                 self.run.update(status="running", loss=self._choose_loss(goes_on=newest is not None))
-                if newest is None:
+                # What is compiled depends on the rows that come first: they are the same in every stretch.
+                if newest is None or self.recipe.training.compile:
                     self._try_longest()
                 if not self.progress.history:
                     self._evaluate(first=True)
                 elif self.progress.history[-1]["step"] < self.progress.step and self._evaluation_is_due():
                     self._evaluate()  # a stop came between the step and its evaluation
                     self._save()
-                if not self._out_of_patience():
+                if not self._out_of_patience() and self.progress.step < self.plan.total:
+                    self._fill_cache()
                     self._steps()
         except StopAsked as stop:
             raise self._interrupted(stop) from None
@@ -242,6 +300,8 @@ class Session:
             count = min(count, max(1, tokens // max(examples.lengths)))
         numbers = next(iter(sorted_batches(examples.lengths, count)))
         self._work = f"trying the longest rows, {self._described(numbers)}"
+        training = self.recipe.training
+        measures = training.gradient_checkpointing and not training.compile
         try_step(
             self.model,
             task,
@@ -251,7 +311,49 @@ class Session:
             self.compute,
             base_dropout=self.recipe.base.dropout == "keep",
             loss_of=self.loss_of,
+            around=self._measured if measures else self._around,
         )
+        if self._activations is not None:
+            kept = self._activations
+            self.run.update(
+                activations={
+                    "rows": len(numbers),
+                    "length": examples.lengths[numbers[0]],
+                    "bytes": kept.checkpointed,
+                    "bytes_without_checkpointing": kept.plain,
+                }
+            )
+            self.console.note(
+                f"gradient checkpointing keeps {kept.checkpointed / 1e6:.1f} MB of activations instead of "
+                f"{kept.plain / 1e6:.1f} MB, for {self._described(numbers)}"
+            )
+
+    @contextmanager
+    def _measured(self, batch: Batch) -> Iterator[None]:
+        with measured(self.model, self._layers) as self._activations:
+            yield
+
+    def _fill_cache(self) -> None:
+        """Computes what is kept of the frozen lower layers, anew in each stretch."""
+        if self.cache is None:
+            return
+        started, size = time.monotonic(), max(32, self.micro_batch_size)
+        count = len(self.cache.prefix.layers)
+        self._work = f"computing the lowest {count} layers of the longest rows, {size} at once"
+        kind = self.recipe.training.prefix_cache
+        self.cache.fill(kind, size, self.signals.poll)  # type: ignore[arg-type]  # it is not off
+        seconds = time.monotonic() - started
+        rows = len(self.prepared.examples["train"])
+        self.console.note(f"the lowest {count} layers are computed for {rows:,} rows, once: {seconds:.1f} s")
+
+    @contextmanager
+    def _around(self, batch: Batch) -> Iterator[None]:
+        """What stands in the place of layers in a forward pass of training."""
+        with ExitStack() as stack:
+            stack.enter_context(standing_in(self._places, self._stand_ins))
+            if self.cache is not None and NUMBERS in batch:
+                stack.enter_context(self.cache.serving(batch))
+            yield
 
     def _collate(self, numbers: list[int], seed: int) -> Batch:
         """A micro-batch of these training examples."""
@@ -282,6 +384,7 @@ class Session:
             base_dropout=self.recipe.base.dropout == "keep",
             first_step=first,
             loss_of=self.loss_of,
+            around=self._around,
         )
         with self.console.progress(self.plan.total, first) as bar, self._rows_named():
             for report in reports:
@@ -309,7 +412,7 @@ class Session:
                 parts = enumerate(micro_batches(batch, self.micro_batch_size))
                 self._batch = batch
                 self._work = f"step {step + 1}, {self._described(batch)}"
-                yield [self._collate(part, mix(seed, number)) for number, part in parts]
+                yield [self._collate(part, mix(seed, number)) | {NUMBERS: part} for number, part in parts]
                 self.signals.poll()
                 step += 1
             epoch, start = epoch + 1, step

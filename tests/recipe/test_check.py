@@ -135,6 +135,23 @@ def accepted(folder: Path, text: str) -> Recipe:
             Problem("nothing would be trained: no ticks, no norms, no head", "r.yaml:4:9 ticks.dim"),
         ),
         (
+            HEAD + "data: {train: a}\ntraining: {prefix_cache: disk}\n",
+            Problem(
+                "ticks.layers is all: no layer is frozen whose result could be kept",
+                "r.yaml:4:12 training.prefix_cache",
+                "set ticks.layers: last:N",
+            ),
+        ),
+        (
+            HEAD.replace("text-", "image-")
+            + "data: {train: a, augment: {flip: 0.5}}\nticks: {layers: last:1}\ntraining: {prefix_cache: memory}\n",
+            Problem(
+                "data.augment changes the rows in every epoch, so nothing can be kept",
+                "r.yaml:5:12 training.prefix_cache",
+                "set training.prefix_cache: off",
+            ),
+        ),
+        (
             HEAD + "data: {train: a}\nevaluation: {metric: acuracy}\n",
             Problem(
                 f"text-classification has the metrics {', '.join(TASKS['text-classification'].metrics)}, found acuracy",

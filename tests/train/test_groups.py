@@ -39,6 +39,27 @@ def test_a_role_has_its_rate_decay_and_eps(
     assert group["betas"] == (0.8, 0.95)
 
 
+def test_the_fused_update_is_that_of_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(5)
+    start = [torch.randn(shape, generator=generator) for shape in ((7, 5), (5, 7), (3,))]
+    ours = [nn.Parameter(value.clone()) for value in start]
+    plain = [nn.Parameter(value.clone()) for value in start]
+    fast = build_optimizer([(f"p{i}", role, p) for i, (role, p) in enumerate(zip("QPr", ours, strict=True))], OPTIONS)
+    groups = [{**group, "params": [p]} for group, p in zip(fast.param_groups, plain, strict=True)]
+    slow = torch.optim.AdamW(groups, betas=fast.param_groups[0]["betas"], foreach=False, fused=False)
+    assert all(group["fused"] for group in fast.param_groups)
+    for group in slow.param_groups:
+        group["fused"], group["foreach"] = False, False
+    for _ in range(20):
+        for a, b in zip(ours, plain, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        fast.step()
+        slow.step()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_every_parameter_is_in_one_group() -> None:
     members = [("Q", (2, 2)), ("P", (2, 2)), ("Q", (2, 3)), ("head", (2, 2)), ("head", (2,)), ("norm", (2,))]
     groups = groups_of(*members)

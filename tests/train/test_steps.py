@@ -122,7 +122,7 @@ def test_fp16_overflow_skips_the_step_and_the_schedule_goes_on(tiny_llama: Path)
         reports.append(report)
         if all(r.skipped for r in reports):
             assert same(snapshot(work.model), before)
-            assert not optimizer.state
+            assert not any(value.any() for state in optimizer.state.values() for value in state.values())
     assert reports[0].skipped
     assert not math.isfinite(reports[0].grad_norm)
     assert math.isfinite(reports[0].loss)

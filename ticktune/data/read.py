@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _MAX_LINE = 64 * 1024 * 1024  # bytes; one longer line is a file that is not JSON Lines
 
@@ -622,4 +623,4 @@ def _has_surrogate(value: Any) -> bool:
         return any(_has_surrogate(part) for pair in value.items() for part in pair)
     if isinstance(value, list):
         return any(_has_surrogate(item) for item in value)
-    return isinstance(value, str) and any(0xD800 <= ord(c) <= 0xDFFF for c in value)
+    return isinstance(value, str) and _SURROGATE.search(value) is not None

@@ -479,6 +479,7 @@ class Layout:
     Args:
         stacks: Stack name -> its row, in order.
         sizes: Stack name -> number of layers.
+        layers: Stack name -> its layers, in order; a module that stands for several of them, once for each.
         ffns: All feed-forward blocks that can have a tick, in order.
         aux: Blocks that only grow with the others.
         norms: ``stack.layer.norm.slot``, or ``stack.norm.embedding|final`` -> module.
@@ -488,6 +489,7 @@ class Layout:
 
     stacks: dict[str, Stack] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, list[nn.Module]] = field(default_factory=dict)
     ffns: list[Ffn] = field(default_factory=list)
     aux: list[Ffn] = field(default_factory=list)
     norms: dict[str, nn.Module] = field(default_factory=dict)
@@ -560,6 +562,7 @@ def add_stacks(layout: Layout, body: Body, stacks: tuple[Stack, ...]) -> None:
             name += "_"
         layout.stacks[name] = stack
         layout.sizes[name] = len(layers)
+        layout.layers[name] = layers
         for number, layer in enumerate(layers):
             blocks = list(_ffns(stack, name, number, layer, body))
             if not blocks and not stack.partial:

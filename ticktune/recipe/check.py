@@ -150,6 +150,16 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
         wrong("training.packing", "it is one of the ways that training.fast: false switches off", "remove it")
     if recipe.ticks.dim == 0 and recipe.norms.train == "none" and recipe.head.train is False:
         wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
+    if training.prefix_cache != "off":
+        if training.packing:
+            fix = "switch one of them off"
+            wrong("training.prefix_cache", "what is kept of a row is not that of a packed row", fix)
+        if recipe.data.augment != type(recipe.data.augment)():
+            fix = "set training.prefix_cache: off"
+            wrong("training.prefix_cache", "data.augment changes the rows in every epoch, so nothing can be kept", fix)
+        if recipe.ticks.dim > 0 and recipe.ticks.layers == "all":
+            fix = "set ticks.layers: last:N"
+            wrong("training.prefix_cache", "ticks.layers is all: no layer is frozen whose result could be kept", fix)
     metric = recipe.evaluation.metric
     if metric != "auto" and metric not in row.metrics:
         near = difflib.get_close_matches(metric, row.metrics, 1)

@@ -380,6 +380,17 @@ class Training(Section):
     """auto, cpu, cuda or cuda:N."""
     deterministic: bool = False
     """Bitwise equal results on CUDA too, at some cost in speed; a CPU is always deterministic."""
+    prefix_cache: Literal["off", "memory", "disk"] = "off"
+    """Where only upper layers are trained: compute the frozen layers below them once for each row, before the first
+    step, and keep their hidden states in memory (at most 4 GiB), or on disk in the cache directory, in a file that
+    never has a name. Losses differ by rounding (1e-6 relative in fp32). It needs `base.dropout: off` where the base
+    has dropout, and rows that are the same in every epoch."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer for the backward pass and compute the layer again there: less memory, more
+    time, the same gradients."""
+    compile: bool = False
+    """Compile the layers with torch (inductor; on a CPU it needs a C++ compiler): faster steps after half a minute or
+    more at the start. Losses differ by rounding."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial values, the row order and dropout."""
     fast: bool = True

@@ -50,7 +50,7 @@ def build_optimizer(parameters: Iterable[tuple[str, Role, nn.Parameter]], option
                     "eps": eps,
                 }
             )
-    return torch.optim.AdamW(groups, betas=(options.betas[0], options.betas[1]), foreach=True)
+    return torch.optim.AdamW(groups, betas=(options.betas[0], options.betas[1]), fused=True)
 
 
 def lr_factor(step: int, total: int, options: Schedule) -> float:

@@ -6,7 +6,9 @@ It knows no task by name, no family and no file. Whoever iterates decides when t
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from ticktune.errors import NumericsError
 from ticktune.patch.attach import set_training
 from ticktune.tasks.task import Batch, Task
 from ticktune.train.head_loss import LossOf, plain_loss
+
+Around = Callable[[Batch], AbstractContextManager[Any]]
+"""What the forward pass of a batch runs in."""
 
 _MAX_SKIPPED = 16
 """fp16 steps that may be skipped in a row: from 2^16, the scaler's first scale, down to 1."""
@@ -63,6 +68,7 @@ def train_steps(
     base_dropout: bool = True,
     first_step: int = 0,
     loss_of: LossOf | None = None,
+    around: Around = nullcontext,
 ) -> Iterator[StepReport]:
     """Trains some parameters of a model.
 
@@ -84,6 +90,7 @@ def train_steps(
         base_dropout: Whether the base's own dropout acts.
         first_step: Steps that are done already.
         loss_of: How the loss of a micro-batch is computed; None: by the task's forward and loss.
+        around: Gives what the forward pass of a micro-batch runs in.
 
     Yields:
         A report after each optimizer step.
@@ -102,7 +109,9 @@ def train_steps(
         weight = sum(task.weight(micro) for micro in batch)
         loss = torch.zeros((), device=compute.device)
         for number, micro in enumerate(batch):
-            loss += _backward(model, loss_of, compute.put(micro), weight, scaler, compute, mix(seed, step, number))
+            loss += _backward(
+                model, loss_of, compute.put(micro), weight, scaler, compute, mix(seed, step, number), around
+            )
         scaler.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
         value = float(loss)
@@ -142,6 +151,7 @@ def try_step(
     *,
     base_dropout: bool = True,
     loss_of: LossOf | None = None,
+    around: Around = nullcontext,
 ) -> None:
     """Computes the gradients of one micro-batch and throws them away, to see whether they fit into memory.
 
@@ -152,7 +162,7 @@ def try_step(
     with torch.random.fork_rng(devices):
         set_training(model, True, base_dropout=base_dropout)
         weight = max(1.0, task.weight(batch))
-        _backward(model, loss_of or plain_loss(task), compute.put(batch), weight, scaler, compute, 0)
+        _backward(model, loss_of or plain_loss(task), compute.put(batch), weight, scaler, compute, 0, around)
     np.random.set_state(numpy_state)
     optimizer.zero_grad(set_to_none=True)
 
@@ -165,9 +175,10 @@ def _backward(
     scaler: torch.amp.GradScaler,
     compute: Compute,
     seed: int,
+    around: Around,
 ) -> Tensor:
     torch.manual_seed(seed)
-    with compute.autocast():
+    with around(batch), compute.autocast():
         loss = loss_of(model, batch) / weight
     scaler.scale(loss).backward()
     return loss.detach()
