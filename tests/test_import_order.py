@@ -42,6 +42,7 @@ ORDER = [
     "ticktune.tasks.sentence_embedding",
     "ticktune.diagnosis",
     "ticktune.base",
+    "ticktune.patch.fast",
     "ticktune.patch.ticks",
     "ticktune.patch.norms",
     "ticktune.patch.layout",

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import PatchError
+from ticktune.patch.fast import RmsNorm, can_replace, rms_form
 
 
-def train_norm(norm: nn.Module) -> list[Any]:
+def train_norm(norm: nn.Module, *, fast: bool = False) -> list[Any]:
     """Makes the norm's own parameters trainable float32 masters.
 
     Args:
         norm: A module with ``weight`` and perhaps ``bias`` as its direct parameters.
+        fast: Whether a norm without mean gets a backward pass that needs nothing but its input.
 
     Returns:
         The hook handles that undo the cast of its output.
@@ -27,6 +29,9 @@ def train_norm(norm: nn.Module) -> list[Any]:
     for name in own_parameters(norm):
         stored = norm.get_parameter(name)
         setattr(norm, name, nn.Parameter(stored.detach().float().clone()))
+    form = rms_form(norm) if fast else None
+    if form is not None:
+        return [norm.register_forward_hook(partial(_with_lean_backward, *form))]
     return [
         norm.register_forward_pre_hook(_as_the_kernel_needs),
         norm.register_forward_hook(partial(_in_frozen_dtype, frozen)),
@@ -60,6 +65,15 @@ def _in_frozen_dtype(frozen: torch.dtype, norm: nn.Module, args: tuple[Any, ...]
         # Under autocast the frozen norm and this one run the same kernel and return the same dtype.
         return output if _in_autocast(output) else output.to(frozen)
     return output.to(args[0].dtype) if args else output
+
+
+def _with_lean_backward(eps: float, offset: int, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    # What autograd recorded of the norm's own forward is freed with ``output``.
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or not output.requires_grad or not can_replace():
+        return output if x is None else output.to(x.dtype)
+    result: Tensor = RmsNorm.apply(x, norm.weight, output.detach().to(x.dtype), eps, offset)
+    return result
 
 
 def _in_autocast(tensor: Tensor) -> bool:
