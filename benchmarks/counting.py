@@ -11,14 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def _of_addmm(total: Any, first: Any, second: Any, **_: Any) -> int:
-    return int(2 * first[0] * first[1] * second[1])
-
-
 def flops(run: Callable[[], Any]) -> int:
     """FLOPs of the matrix products in a call; two for each multiply-add."""
-    # torch counts addmm, and not the form that adds to its first argument.
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _of_addmm}) as counter:
+    with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
 

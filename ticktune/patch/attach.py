@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ticktune.errors import PatchError
 from ticktune.patch.detect import find_layout
 from ticktune.patch.fast import LeanUnits
-from ticktune.patch.layout import Ffn, Layout, Shared, is_conv1d, unshare_layers
-from ticktune.patch.norms import own_parameters, train_norm
+from ticktune.patch.layout import Ffn, Layout, Shared, unshare_layers
+from ticktune.patch.norms import lean_norm, own_parameters, train_norm
 from ticktune.patch.routing import routing_obstacle
 from ticktune.patch.ticks import ExpertTicks, Form, Tick
 from ticktune.quantize import is_coded
@@ -155,9 +155,7 @@ def attach(
         raise
 
 
-def attach_plan(
-    model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int = 42, fast: bool = True
-) -> nn.Module:
+def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int = 42, fast: bool = True) -> nn.Module:
     """Puts exactly what a plan says on a model; see :func:`attach`.
 
     Raises:
@@ -222,7 +220,6 @@ def _change(model: nn.Module, record: Attachment, dropout: float, seed: int, fas
         else:
             first, last = _ends(ffn)
             tick = _tick(ffn, plan, dropout, generator).train(model.training)
-            tick.fast = fast and _is_plain(first) and _is_plain(last)
             last.tick = record.ticks[ffn.key] = tick
             record.handles += tick.attach(first, last)
 
@@ -235,6 +232,9 @@ def _change(model: nn.Module, record: Attachment, dropout: float, seed: int, fas
         record.frozen_norms |= {f"{key}.{name}": norm.get_parameter(name) for name in own_parameters(norm)}
         record.handles += train_norm(norm, fast=fast)
         record.norms[key] = norm
+    for key, norm in record.layout.norms.items():
+        if fast and key not in record.norms:
+            record.handles += lean_norm(norm)
 
     owners: dict[int, nn.Module] = {}
     for name in plan.head:
@@ -617,13 +617,6 @@ def _tick(ffn: Ffn, plan: Plan, dropout: float, generator: torch.Generator) -> T
         generator=generator,
         device=ffn.device,
     )
-
-
-def _is_plain(projection: nn.Module) -> bool:
-    """Whether a module is a projection whose weights are numbers, and whose results are tensors of its own."""
-    if type(projection) is not nn.Linear and not is_conv1d(projection):
-        return False
-    return not any(is_coded(p) for p in projection.parameters(recurse=False))
 
 
 def _ends(ffn: Ffn) -> tuple[nn.Module, nn.Module]:

@@ -1,15 +1,13 @@
-"""Backward passes of our own: the same functions, with fewer saved tensors and fewer passes over memory.
+"""Backward passes of our own: the same functions, with fewer tensors kept for them.
 
-What autograd records for ``act(gate(x)) * up(x)`` or ``output + tick(x)`` keeps tensors that the formulas do not
-need, and adds whole hidden states where a matrix product could have added. Each function here saves the least:
-
-- units: the pre-activations; the activation is computed again in the backward pass
-- a tick: its input and its pre-activations; its two sums go into the matrix products (``addmm``)
-
-The frozen projections keep their own backward passes. While torch.compile traces, none of this is used: the
+Autograd keeps, of ``act(gate(x)) * up(x)``, of an activation written in steps and of a norm without mean, tensors that
+the formulas do not need. Each function here keeps its inputs alone and computes the rest again. What autograd recorded
+first is freed as soon as the function has taken its place. While torch.compile traces, none of this is used: the
 compiler decides itself what to compute again.
 
-Legend of shapes: ``h`` hidden size, ``t`` the tick's dim, ``f`` the block's width, ``...`` any leading dimensions.
+Ticks themselves have autograd's backward pass: see docs/performance.md for what else was measured.
+
+Legend of shapes: ``h`` hidden size, ``f`` the block's width, ``...`` any leading dimensions.
 """
 
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ticktune.errors import PatchError
+from ticktune.patch.ticks import drop_probability
 
 Act = Callable[[Tensor], Tensor]
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -66,89 +65,9 @@ def is_in_steps(act: Act) -> bool:
     return type(act).__name__ in _IN_STEPS
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product takes a tensor, under autocast or not."""
-    kind = x.device.type
-    casts = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if casts and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
 def can_replace() -> bool:
     """Whether functions of our own may stand in for what autograd records: not under torch.compile, nor torch.func."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def drop_probability(dropout: tuple[nn.Module, str] | None) -> float:
-    """The probability with which a block drops hidden units now; its module and attribute, a number or a module."""
-    if dropout is None or not dropout[0].training:
-        return 0.0
-    own = getattr(*dropout)
-    return float(own.p if isinstance(own, nn.Dropout) else own)
-
-
-class EnterTick(torch.autograd.Function):
-    """x -> (x, x W^T + r): a tick's pre-activations, and x for the block's own projection; for an x with a gradient.
-
-    That projection must take the x that comes out, and nothing else may: in the backward pass its gradient of x is
-    the sum into which the tick's is added.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``(..., h)``, ``(t, h)``, ``(t,)`` -> ``(..., h)``, ``(..., t)``; one dtype."""
-        ctx.save_for_backward(x, weight)
-        ctx.set_materialize_grads(False)
-        return x.detach(), F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, units: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight and bias."""
-        x, weight = ctx.saved_tensors
-        if units is None:
-            return grad, None, None
-        rows = units.reshape(-1, units.shape[-1])
-        of_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        grad = rows.new_zeros(x.shape) if grad is None else grad.contiguous()
-        grad.view(-1, grad.shape[-1]).addmm_(rows, weight)
-        return grad, of_weight, of_bias
-
-
-class LeaveTick(torch.autograd.Function):
-    """(output, z) -> output + P σ(z), or output + P (σ(q) ⊙ u) where z is q and u side by side.
-
-    The sum is written into ``output``, which must be new and contiguous: no backward pass needs the result of a
-    projection.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, z: Tensor, P: Tensor, act: Act, slope: Slope, is_gated: bool) -> Tensor:
-        """``(..., h)``, ``(..., t)`` or ``(..., 2t)``, ``(h, t)`` -> ``(..., h)``; one dtype."""
-        ctx.save_for_backward(z, P)
-        ctx.parts = act, slope, is_gated
-        result = output.detach()
-        units = _units(z, act, is_gated).to(P.dtype)
-        result.view(-1, result.shape[-1]).addmm_(units.view(-1, units.shape[-1]), P.t())
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of output, z and P."""
-        z, P = ctx.saved_tensors
-        act, slope, is_gated = ctx.parts
-        rows = grad.reshape(-1, grad.shape[-1])
-        of_P = of_z = None
-        if ctx.needs_input_grad[2]:
-            units = _units(z, act, is_gated).to(P.dtype)
-            of_P = rows.t() @ units.view(-1, units.shape[-1])
-        if ctx.needs_input_grad[1]:
-            back = (rows @ P).view(*z.shape[:-1], P.shape[1])
-            of_z = _gated_back(z, back, act, slope, gate_first=True) if is_gated else slope(back, z)
-        return grad, of_z, of_P, None, None, None
 
 
 class Activation(torch.autograd.Function):
@@ -208,6 +127,15 @@ class GatedHalves(torch.autograd.Function):
         return _gated_back(z, grad, act, slope, gate_first=gate_first), None, None, None, None
 
 
+def _gated_back(z: Tensor, grad: Tensor, act: Act, slope: Slope, *, gate_first: bool) -> Tensor:
+    z, result = z.detach(), torch.empty_like(z)
+    halves, results = z.chunk(2, dim=-1), result.chunk(2, dim=-1)
+    (g, u), (of_g, of_u) = (halves, results) if gate_first else (halves[::-1], results[::-1])
+    of_g.copy_(slope(grad * u, g))
+    torch.mul(act(g), grad, out=of_u)
+    return result
+
+
 class RmsNorm(torch.autograd.Function):
     """The value of x / √(mean(x²) + ε) ⊙ (w + c) that was computed already; saves x.
 
@@ -263,30 +191,10 @@ def rms_form(norm: nn.Module) -> tuple[float, int] | None:
     return None
 
 
-def gated_units(z: Tensor, act: Act) -> Tensor:
-    """σ(q) ⊙ u, where z is q and u side by side; ``(..., 2t)`` -> ``(..., t)``."""
-    q, u = z.chunk(2, dim=-1)
-    return act(q) * u
-
-
-def _units(z: Tensor, act: Act, is_gated: bool) -> Tensor:
-    z = z.detach()  # what hooks ``act`` sees a tensor without a record
-    return gated_units(z, act) if is_gated else act(z)
-
-
-def _gated_back(z: Tensor, grad: Tensor, act: Act, slope: Slope, *, gate_first: bool) -> Tensor:
-    z, result = z.detach(), torch.empty_like(z)
-    halves, results = z.chunk(2, dim=-1), result.chunk(2, dim=-1)
-    (g, u), (of_g, of_u) = (halves, results) if gate_first else (halves[::-1], results[::-1])
-    of_g.copy_(slope(grad * u, g))
-    torch.mul(act(g), grad, out=of_u)
-    return result
-
-
 class LeanUnits:
     """Hooks one block so that autograd keeps the least of its hidden units.
 
-    The block runs as it is written. Then one function of ours takes the place of what autograd recorded between the
+    The block runs as it is written. Then a function of ours takes the place of what autograd recorded between the
     projections, and that record is freed with all it kept. Whether the units are what the function stands for,
     σ(gate x) ⊙ up x, is compared at the first call.
 
@@ -306,6 +214,8 @@ class LeanUnits:
     def attach(self, up: nn.Module, down: nn.Module, gate: nn.Module | None) -> list[Any]:
         """Hooks a block; returns the handles that undo it, none where autograd keeps no more than it must."""
         act = self._act[0]
+        if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
+            return []
         if gate is None and self._fused is None:
             if not (is_in_steps(act) and isinstance(act, nn.Module)):
                 return []
@@ -344,8 +254,9 @@ class LeanUnits:
             if gate is None:
                 first, second = up.chunk(2, dim=-1)
                 gate, up = (first, second) if self._fused == "gate first" else (second, first)
-            expected = self._act[0](gate) * up
-        if value.shape != expected.shape or not torch.equal(value, expected.to(value.dtype)):
+            expected = (self._act[0](gate) * up).float()
+        # Far above any rounding, and far below what another formula gives; NaN is for the loop to name.
+        if value.shape != expected.shape or (value.float() - expected).abs().max() > 0.02 * expected.abs().max():
             raise PatchError(
                 "a feed-forward block of this model computes more than down(act(gate x) * up x)",
                 fix="set training.fast: false, in Python attach(..., fast=False)",

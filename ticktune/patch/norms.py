@@ -29,13 +29,22 @@ def train_norm(norm: nn.Module, *, fast: bool = False) -> list[Any]:
     for name in own_parameters(norm):
         stored = norm.get_parameter(name)
         setattr(norm, name, nn.Parameter(stored.detach().float().clone()))
-    form = rms_form(norm) if fast else None
-    if form is not None:
-        return [norm.register_forward_hook(partial(_with_lean_backward, *form))]
+    if fast and (handles := lean_norm(norm)):
+        return handles
     return [
         norm.register_forward_pre_hook(_as_the_kernel_needs),
         norm.register_forward_hook(partial(_in_frozen_dtype, frozen)),
     ]
+
+
+def lean_norm(norm: nn.Module) -> list[Any]:
+    """Gives a norm without mean a backward pass that needs its input alone, trained or not.
+
+    Returns:
+        The hook handles that undo it; none where the norm is another one.
+    """
+    form = rms_form(norm)
+    return [] if form is None else [norm.register_forward_hook(partial(_with_lean_backward, *form))]
 
 
 def own_parameters(norm: nn.Module) -> list[str]:

@@ -14,16 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ticktune.patch.fast import (
-    EnterTick,
-    LeaveTick,
-    can_replace,
-    compute_dtype,
-    drop_probability,
-    gated_units,
-    slope_of,
-)
-
 Form = Literal["plain", "gated"]
 
 
@@ -70,6 +60,18 @@ def gated_tick(
     return F.linear(hidden, P.to(hidden.dtype))
 
 
+def drop_probability(dropout: tuple[nn.Module, str] | None) -> float:
+    """With which probability a block drops its hidden units now.
+
+    Args:
+        dropout: Module and attribute name of that dropout (a probability or an ``nn.Dropout``), or None.
+    """
+    if dropout is None or not dropout[0].training:
+        return 0.0
+    own = getattr(*dropout)
+    return float(own.p if isinstance(own, nn.Dropout) else own)
+
+
 class Tick(nn.Module):
     """A tick beside one FFN, in split form: the base's projections are untouched and run as before.
 
@@ -90,7 +92,6 @@ class Tick(nn.Module):
         generator: Draws Q and U, uniform in ±1/√h: ``kaiming_uniform(a=√5)``, as He et al. use it. P and r
             are zero, so the function is unchanged at first.
         device: Where the parameters live.
-        fast: Whether backward passes of our own are used where they can be; see :mod:`ticktune.patch.fast`.
     """
 
     def __init__(
@@ -105,17 +106,14 @@ class Tick(nn.Module):
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
-        fast: bool = False,
     ) -> None:
         super().__init__()
         self.form: Form = form
         self.dropout = dropout
-        self.fast = fast
         # In tuples: registered as submodules they would appear a second time in the model's state dict.
         self._act = (act,)
         self._base_dropout = base_dropout
         self._input: Tensor | None = None
-        self._units: Tensor | None = None
 
         def uniform() -> nn.Parameter:
             if torch.device(device).type == "meta":  # values would take memory, and be thrown away
@@ -129,56 +127,28 @@ class Tick(nn.Module):
         self.U = uniform() if form == "gated" else None
         self.P = nn.Parameter(torch.zeros(hidden_size, dim, device=device))
 
-    def forward(self, x: Tensor, output: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        """Returns what the tick adds to FFN(x), or ``output`` with that added.
-
-        Args:
-            x: ``(..., h)``.
-            output: What the block's own projections gave, ``(..., h)``.
-            z: The pre-activations, where :class:`~ticktune.patch.fast.EnterTick` computed them.
-        """
-        if z is None or output is None:
-            if self.U is not None:
-                added = gated_tick(x, self.P, self.Q, self.U, self._act[0], self._drop)
-            else:
-                added = plain_tick(x, self.P, self.Q, self.r, self._act[0], self._drop)
-            return added if output is None else output + added.to(output.dtype)
-        act, is_gated = self._act[0], self.U is not None
-        if output.dtype == z.dtype and output.is_contiguous():
-            result: Tensor = LeaveTick.apply(output, z, self.P.to(z.dtype), act, slope_of(act), is_gated)
-            return result
-        hidden = gated_units(z, act) if is_gated else act(z)
-        return output + F.linear(hidden, self.P.to(hidden.dtype)).to(output.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns what the tick adds to FFN(x); ``(..., h)`` -> ``(..., h)``."""
+        if self.U is not None:
+            return gated_tick(x, self.P, self.Q, self.U, self._act[0], self._drop)
+        return plain_tick(x, self.P, self.Q, self.r, self._act[0], self._drop)
 
     def attach(self, up: nn.Module, down: nn.Module) -> list[Any]:
         """Hooks the tick between ``up`` and ``down``; returns the handles that undo it."""
         return [
-            up.register_forward_pre_hook(self._enter, with_kwargs=True),
-            down.register_forward_hook(self._leave),
+            up.register_forward_pre_hook(self._capture, with_kwargs=True),
+            down.register_forward_hook(self._add),
         ]
 
     # Bound methods, not closures: a deep copy of the model then calls the copied tick.
-    def _enter(self, up: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        x = self._input = args[0] if args else next(iter(kwargs.values()))
-        if not self.fast or not can_replace() or self._drops():
-            return None
-        dtype = compute_dtype(x)
-        weight = self.Q if self.U is None else torch.cat([self.Q, self.U])
-        bias = None if self.r is None else self.r.to(dtype)
-        if not x.requires_grad:  # the block's own projection must not get a record because of the tick
-            self._units = F.linear(x.to(dtype), weight.to(dtype), bias)
-            return None
-        x, self._units = EnterTick.apply(x.to(dtype), weight.to(dtype), bias)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
+    def _capture(self, up: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        self._input = args[0] if args else next(iter(kwargs.values()))
 
-    def _leave(self, down: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x, z, self._input, self._units = self._input, self._units, None, None
+    def _add(self, down: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x, self._input = self._input, None
         assert x is not None, "down was called without up"
-        result: Tensor = self(x, output, z)
-        return result
-
-    def _drops(self) -> bool:
-        return drop_probability(self._base_dropout) > 0 or (self.training and self.dropout > 0)
+        added: Tensor = self(x)
+        return output + added.to(output.dtype)
 
     def _drop(self, hidden: Tensor) -> Tensor:
         hidden = F.dropout(hidden, drop_probability(self._base_dropout))

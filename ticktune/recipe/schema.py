@@ -371,6 +371,9 @@ class Training(Section):
     """auto, cpu, cuda or cuda:N."""
     deterministic: bool = False
     """Bitwise equal results on CUDA too, at some cost in speed; a CPU is always deterministic."""
+    fast: bool = True
+    """Backward passes of our own for ticks, gated units, activations and norms, where they compute what autograd's
+    would and keep less for it; false: autograd's everywhere."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial values, the row order and dropout."""
 
