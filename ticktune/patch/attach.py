@@ -214,12 +214,14 @@ def _change(model: nn.Module, record: Attachment, dropout: float, seed: int, fas
         if not has_tick(plan, ffn):
             continue
         if ffn.experts is not None and plan.experts == "each":
-            experts = ExpertTicks(_tick(ffn, plan, dropout, generator) for _ in range(ffn.count)).train(model.training)
+            experts = ExpertTicks(_tick(ffn, plan, dropout, generator, fast) for _ in range(ffn.count)).train(
+                model.training
+            )
             ffn.down.tick = record.ticks[ffn.key] = experts
             record.handles += experts.attach(ffn.down)
         else:
             first, last = _ends(ffn)
-            tick = _tick(ffn, plan, dropout, generator).train(model.training)
+            tick = _tick(ffn, plan, dropout, generator, fast).train(model.training)
             last.tick = record.ticks[ffn.key] = tick
             record.handles += tick.attach(first, last)
 
@@ -603,7 +605,7 @@ def _has_language_head(model: nn.Module) -> bool:
     return embeddings is not None
 
 
-def _tick(ffn: Ffn, plan: Plan, dropout: float, generator: torch.Generator) -> Tick:
+def _tick(ffn: Ffn, plan: Plan, dropout: float, generator: torch.Generator, fast: bool) -> Tick:
     form = form_of(plan, ffn)
     return Tick(
         ffn.hidden_size,
@@ -616,6 +618,7 @@ def _tick(ffn: Ffn, plan: Plan, dropout: float, generator: torch.Generator) -> T
         dropout=dropout,
         generator=generator,
         device=ffn.device,
+        fast=fast,
     )
 
 

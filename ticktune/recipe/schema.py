@@ -372,8 +372,8 @@ class Training(Section):
     deterministic: bool = False
     """Bitwise equal results on CUDA too, at some cost in speed; a CPU is always deterministic."""
     fast: bool = True
-    """Backward passes of our own for ticks, gated units, activations and norms, where they compute what autograd's
-    would and keep less for it; false: autograd's everywhere."""
+    """Keep less for the backward pass of gated units, activations and norms without mean, and compute Q and U of a
+    gated tick together. The same function, up to rounding; false: everything as autograd records it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial values, the row order and dropout."""
 
