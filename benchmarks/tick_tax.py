@@ -4,7 +4,8 @@
 
 Models of real shapes with random weights; rows of one length, so every token is real. The forms take turns in one
 process, and each round gives one ratio: what slows the machine down slows all of them down. Times are CPU time of
-this process, with one thread. ``--only SHAPE`` measures one shape and keeps the rest of the file.
+this process, with one thread. ``--only SHAPE`` measures one shape and keeps the rest of the file; ``--docs`` writes
+docs/performance.md from it.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from ticktune.train.steps import train_steps
 from ticktune.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "tick_tax.json"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- tick_tax -->", "<!-- end of tick_tax -->"
 DIM, ROWS, LENGTH, LABELS = 64, 32, 32, 2
 IDS = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_labels": LABELS}
 # Shape -> (config, rounds in bf16, rounds in fp32).
@@ -43,7 +46,7 @@ SHAPES: dict[str, tuple[Any, int, int]] = {
         24,
         12,
     ),
-    "BERT-base (768/3072, 12 layers)": (transformers.BertConfig(**IDS), 6, 4),
+    "BERT-base (768/3072, 12 layers)": (transformers.BertConfig(**IDS), 4, 0),
     "GPT-2 of that size (384/1536, 6 layers)": (
         transformers.GPT2Config(n_embd=384, n_layer=6, n_head=6, resid_pdrop=0.1, **IDS),
         12,
@@ -234,12 +237,69 @@ def products(hidden: int, width: int, dtype: torch.dtype, rounds: int) -> dict[s
     return compared(turns({"without a tick": base, "split": split, "wide": one}, rounds), "without a tick")
 
 
+def section(document: dict[str, Any]) -> str:
+    """The part of docs/performance.md that these results are."""
+    machine, torch_version = document["machine"], document["versions"]["torch"]
+    lines = [
+        f"`{document['command']}`: a {machine['cores']}-core {machine['name']}, one thread, torch {torch_version};",
+        f"{ROWS} rows of {LENGTH} random tokens, ticks of dim {document['dim']}, the training loop with its optimizer.",
+        "The forms take turns, so that what slows the machine down slows all of them; each round gives one ratio, and",
+        "the last column says median and quartiles. Times are CPU time.",
+        "",
+        "| shape | precision | form | ms | tokens per CPU second | beside norms only |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape, entry in document["shapes"].items():
+        for precision in ("bf16", "fp32"):
+            for form, row in entry.get(precision, {"forms": {}})["forms"].items():
+                low, high = row["more_percent_quartiles"]
+                more = "" if form == "norms only" else f"{row['more_percent']:+.1f} % ({low:+.1f} to {high:+.1f})"
+                speed = f"{row['cpu_ms']:.0f} | {row['tokens_per_cpu_second']:,}"
+                lines.append(f"| {shape} | {precision} | {form} | {speed} | {more} |")
+    lines += [
+        "",
+        "What one layer keeps for the backward pass, for each token, in bfloat16 and without dropout, in units of a",
+        "hidden state (2 bytes for each of its numbers):",
+        "",
+        "| shape | form | kept |",
+        "|---|---|---|",
+    ]
+    for shape, entry in document["shapes"].items():
+        lines += [f"| {shape} | {form} | {units:.1f} |" for form, units in entry["kept_per_layer"].items()]
+    lines += [
+        "",
+        "One product with the base's weight and the tick's side by side, beside two products; how much longer the four",
+        "products of a block take than without a tick:",
+        "",
+        "| shape | precision | two products | one |",
+        "|---|---|---|---|",
+    ]
+    for shape, entry in document["shapes"].items():
+        for precision, forms in entry.get("products", {}).items():
+            two, one = (f"{forms[name]['more_percent']:+.1f} %" for name in ("split", "wide"))
+            lines.append(f"| {shape} | {precision} | {two} | {one} |")
+    return "\n".join(lines)
+
+
+def page_with(document: dict[str, Any]) -> str:
+    """docs/performance.md with this section between its marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{section(document)}\n\n{END}{after}"
+
+
 def main() -> None:
     """Measures what is asked for and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="begins the name of one shape")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--docs", action="store_true", help="measure nothing, write docs/performance.md")
     arguments = parser.parse_args()
+    if arguments.docs:
+        document = json.loads(arguments.output.read_text(encoding="utf-8"))
+        PAGE.write_text(page_with(document), encoding="utf-8")
+        return
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     document: dict[str, Any] = {"shapes": {}}

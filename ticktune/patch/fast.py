@@ -24,9 +24,9 @@ from ticktune.patch.ticks import drop_probability
 Act = Callable[[Tensor], Tensor]
 Slope = Callable[[Tensor, Tensor], Tensor]
 
-# Classes of transformers that compute the tanh approximation of GELU step by step; autograd keeps every step.
+# What transformers computes in steps, all of which autograd keeps: the tanh approximation of GELU,
 _TANH_GELUS = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation")
-# Others that autograd keeps more of than their input.
+# and others.
 _IN_STEPS = (*_TANH_GELUS, "QuickGELUActivation", "ReLUSquaredActivation", "LaplaceActivation")
 
 
@@ -36,7 +36,7 @@ def slope_of(act: Act) -> Slope:
     Known activations have one kernel; of any other, autograd computes it on a copy of z.
     """
     name = type(act).__name__
-    if name in _TANH_GELUS:
+    if name in (*_TANH_GELUS, "GELUTanh"):
         return lambda grad, z: torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
     if isinstance(act, nn.GELU):
         kind = act.approximate

@@ -29,11 +29,10 @@ def train_norm(norm: nn.Module, *, fast: bool = False) -> list[Any]:
     for name in own_parameters(norm):
         stored = norm.get_parameter(name)
         setattr(norm, name, nn.Parameter(stored.detach().float().clone()))
-    if fast and (handles := lean_norm(norm)):
-        return handles
     return [
         norm.register_forward_pre_hook(_as_the_kernel_needs),
         norm.register_forward_hook(partial(_in_frozen_dtype, frozen)),
+        *(lean_norm(norm) if fast else ()),
     ]
 
 
@@ -76,12 +75,13 @@ def _in_frozen_dtype(frozen: torch.dtype, norm: nn.Module, args: tuple[Any, ...]
     return output.to(args[0].dtype) if args else output
 
 
-def _with_lean_backward(eps: float, offset: int, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _with_lean_backward(
+    eps: float, offset: int, norm: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor | None:
+    if not args or not output.requires_grad or not can_replace():
+        return None
     # What autograd recorded of the norm's own forward is freed with ``output``.
-    x = args[0] if args else None
-    if not isinstance(x, Tensor) or not output.requires_grad or not can_replace():
-        return output if x is None else output.to(x.dtype)
-    result: Tensor = RmsNorm.apply(x, norm.weight, output.detach().to(x.dtype), eps, offset)
+    result: Tensor = RmsNorm.apply(args[0], norm.weight, output.detach(), eps, offset)
     return result
 
 
