@@ -43,6 +43,7 @@ ORDER = [
     "ticktune.diagnosis",
     "ticktune.base",
     "ticktune.patch.ticks",
+    "ticktune.patch.fast",
     "ticktune.patch.norms",
     "ticktune.patch.layout",
     "ticktune.patch.shrink",

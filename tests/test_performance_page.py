@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import loss
+from benchmarks import loss, tick_tax
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,3 +13,9 @@ def test_the_tables_of_the_loss_are_made_of_the_committed_results() -> None:
     assert document["loss"]
     assert document["layouts"]
     assert loss.table(document) in (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+
+
+def test_the_section_on_ticks_is_made_of_the_results() -> None:
+    document = json.loads(tick_tax.RESULTS.read_text(encoding="utf-8"))
+    assert document["shapes"].keys() == tick_tax.SHAPES.keys()
+    assert tick_tax.page_with(document) == tick_tax.PAGE.read_text(encoding="utf-8")

@@ -186,8 +186,14 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return load_weights(directory / TENSORS)
 
 
-def attach_adapter(model: nn.Module, directory: Path, facts: AdapterFacts) -> None:
+def attach_adapter(model: nn.Module, directory: Path, facts: AdapterFacts, *, fast: bool = True) -> None:
     """Attaches what the facts describe and loads the tensors, all of them and nothing else.
+
+    Args:
+        model: The base.
+        directory: The adapter folder.
+        facts: Read from it.
+        fast: As in :func:`ticktune.patch.attach.attach`.
 
     Raises:
         CheckpointError: The adapter does not fit this model, which then is as it was.
@@ -200,7 +206,7 @@ def attach_adapter(model: nn.Module, directory: Path, facts: AdapterFacts) -> No
             where=str(directory),
         )
     try:
-        attach_plan(model, plan)
+        attach_plan(model, plan, fast=fast)
         try:
             load_adapter_state(model, tensors)
         except PatchError:

@@ -392,7 +392,7 @@ def load_target(
     if unknown:
         raise BaseModelError(f"the parameter {unknown[0]} is in no file: its values would be random", where=target.name)
     if target.kind == "adapter":
-        attach_adapter(model, target.path, facts)
+        attach_adapter(model, target.path, facts, fast=loaded.recipe.training.fast if loaded else True)
     return Loaded(
         model.to(compute.device),
         task,

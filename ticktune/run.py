@@ -150,7 +150,7 @@ def attach_as(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> None:
     """Attaches what a recipe asks for; see :func:`ticktune.patch.attach.attach`.
 
     Args:
-        recipe: Its ``ticks``, ``norms`` and ``head``.
+        recipe: Its ``ticks``, ``norms`` and ``head``, and ``training.fast``.
         model: The base.
         fresh: Parameters that the base's files lack.
     """
@@ -168,6 +168,7 @@ def attach_as(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> None:
         experts=ticks.experts,
         unshare=ticks.unshare,
         seed=recipe.training.seed,
+        fast=recipe.training.fast,
     )
 
 

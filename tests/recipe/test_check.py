@@ -152,6 +152,15 @@ def accepted(folder: Path, text: str) -> Recipe:
             ),
         ),
         (
+            HEAD.replace("text-classification", "causal-lm")
+            + "data: {train: a}\nticks: {layers: last:1}\ntraining: {prefix_cache: disk, packing: true}\n",
+            Problem(
+                "what is kept of a row is not that of a packed row",
+                "r.yaml:5:12 training.prefix_cache",
+                "switch one of them off",
+            ),
+        ),
+        (
             HEAD + "data: {train: a}\nevaluation: {metric: acuracy}\n",
             Problem(
                 f"text-classification has the metrics {', '.join(TASKS['text-classification'].metrics)}, found acuracy",

@@ -48,6 +48,18 @@ def test_micro_batches_give_the_step_of_the_whole_batch(tiny_llama: Path, micro:
     assert _distance(expected, found) <= 1e-6 * moved
 
 
+def test_fast_steps_have_the_losses_of_autograds_steps(tiny_llama: Path) -> None:
+    found = []
+    for fast in (False, True):
+        work = causal_lm(tiny_llama)
+        attach(work.model, 4, fast=fast)
+        found.append(list(steps(work, work.batches(8), optimizer_of(work.model, lr=1e-2, eps=1e-2))))
+    assert len(found[0]) == 3
+    for plain, fast in zip(*found, strict=True):
+        assert fast.loss == pytest.approx(plain.loss, rel=1e-6)
+        assert fast.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
+
+
 def test_rows_of_the_accumulation_test_are_ragged(tiny_llama: Path) -> None:
     """Were they not, a mean of the micro-batches' means would pass it."""
     work = causal_lm(tiny_llama, rows=8)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ticktune.errors import PatchError
 from ticktune.patch.detect import find_layout
+from ticktune.patch.fast import LeanUnits
 from ticktune.patch.layout import Ffn, Layout, Shared, unshare_layers
-from ticktune.patch.norms import own_parameters, train_norm
+from ticktune.patch.norms import lean_norm, own_parameters, train_norm
 from ticktune.patch.routing import routing_obstacle
 from ticktune.patch.ticks import ExpertTicks, Form, Tick
 from ticktune.quantize import is_coded
@@ -96,6 +97,7 @@ def attach(
     unshare: bool = False,
     seed: int = 42,
     layout: Layout | None = None,
+    fast: bool = True,
 ) -> nn.Module:
     """Freezes a model and puts ticks, trained norms and a trained head on this instance.
 
@@ -119,6 +121,7 @@ def attach(
         unshare: Where layers share one block (ALBERT), give each its own copy and its own tick.
         seed: Seed of the ticks' initial values.
         layout: Where its blocks and norms are; None: :func:`~ticktune.patch.detect.find_layout` finds them.
+        fast: Use backward passes of our own (:mod:`ticktune.patch.fast`) where they can be; False: autograd's.
 
     Returns:
         The same model.
@@ -145,14 +148,14 @@ def attach(
             experts=experts,
             unshare=unshare,
         )
-        return _attach(model, Attachment(plan, layout, shared=shared), dropout, seed)
+        return _attach(model, Attachment(plan, layout, shared=shared), dropout, seed, fast)
     except BaseException:
         if shared is not None:
             shared.restore()
         raise
 
 
-def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int = 42) -> nn.Module:
+def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int = 42, fast: bool = True) -> nn.Module:
     """Puts exactly what a plan says on a model; see :func:`attach`.
 
     Raises:
@@ -161,7 +164,7 @@ def attach_plan(model: nn.Module, plan: Plan, *, dropout: float = 0.0, seed: int
     _refuse_second(model)
     shared = unshare_layers(model) if plan.unshare else None
     try:
-        return _attach(model, Attachment(plan, find_layout(model), shared=shared), dropout, seed)
+        return _attach(model, Attachment(plan, find_layout(model), shared=shared), dropout, seed, fast)
     except BaseException:
         if shared is not None:
             shared.restore()
@@ -189,12 +192,12 @@ def _refuse_second(model: nn.Module) -> None:
         raise PatchError("this model has ticks already", fix="call ticktune.detach(model) first")
 
 
-def _attach(model: nn.Module, record: Attachment, dropout: float, seed: int) -> nn.Module:
+def _attach(model: nn.Module, record: Attachment, dropout: float, seed: int, fast: bool) -> nn.Module:
     plan = record.plan
     _check_plan(model, plan, record.layout)
     record.required_grad = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
-        _change(model, record, dropout, seed)
+        _change(model, record, dropout, seed, fast)
     except BaseException:
         _change_back(model, record)
         raise
@@ -202,7 +205,7 @@ def _attach(model: nn.Module, record: Attachment, dropout: float, seed: int) -> 
     return model
 
 
-def _change(model: nn.Module, record: Attachment, dropout: float, seed: int) -> None:
+def _change(model: nn.Module, record: Attachment, dropout: float, seed: int, fast: bool) -> None:
     """Puts everything in its place; the record holds what was done so far, for :func:`_change_back`."""
     plan = record.plan
     model.requires_grad_(False)
@@ -211,20 +214,29 @@ def _change(model: nn.Module, record: Attachment, dropout: float, seed: int) -> 
         if not has_tick(plan, ffn):
             continue
         if ffn.experts is not None and plan.experts == "each":
-            experts = ExpertTicks(_tick(ffn, plan, dropout, generator) for _ in range(ffn.count)).train(model.training)
+            experts = ExpertTicks(_tick(ffn, plan, dropout, generator, fast) for _ in range(ffn.count)).train(
+                model.training
+            )
             ffn.down.tick = record.ticks[ffn.key] = experts
             record.handles += experts.attach(ffn.down)
         else:
             first, last = _ends(ffn)
-            tick = _tick(ffn, plan, dropout, generator).train(model.training)
+            tick = _tick(ffn, plan, dropout, generator, fast).train(model.training)
             last.tick = record.ticks[ffn.key] = tick
             record.handles += tick.attach(first, last)
+
+    for ffn in record.layout.ffns if fast else ():
+        if ffn.experts is None and ffn.conv is None:
+            record.handles += LeanUnits(ffn.act, ffn.dropout, ffn.fused).attach(ffn.up, ffn.down, ffn.gate)
 
     for key in plan.norms:
         norm = record.layout.norms[key]
         record.frozen_norms |= {f"{key}.{name}": norm.get_parameter(name) for name in own_parameters(norm)}
-        record.handles += train_norm(norm)
+        record.handles += train_norm(norm, fast=fast)
         record.norms[key] = norm
+    for key, norm in record.layout.norms.items():
+        if fast and key not in record.norms:
+            record.handles += lean_norm(norm)
 
     owners: dict[int, nn.Module] = {}
     for name in plan.head:
@@ -593,7 +605,7 @@ def _has_language_head(model: nn.Module) -> bool:
     return embeddings is not None
 
 
-def _tick(ffn: Ffn, plan: Plan, dropout: float, generator: torch.Generator) -> Tick:
+def _tick(ffn: Ffn, plan: Plan, dropout: float, generator: torch.Generator, fast: bool) -> Tick:
     form = form_of(plan, ffn)
     return Tick(
         ffn.hidden_size,
@@ -606,6 +618,7 @@ def _tick(ffn: Ffn, plan: Plan, dropout: float, generator: torch.Generator) -> T
         dropout=dropout,
         generator=generator,
         device=ffn.device,
+        fast=fast,
     )
 
 

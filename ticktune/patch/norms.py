@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import PatchError
+from ticktune.patch.fast import RmsNorm, can_replace, rms_form
 
 
-def train_norm(norm: nn.Module) -> list[Any]:
+def train_norm(norm: nn.Module, *, fast: bool = False) -> list[Any]:
     """Makes the norm's own parameters trainable float32 masters.
 
     Args:
         norm: A module with ``weight`` and perhaps ``bias`` as its direct parameters.
+        fast: Whether a norm without mean gets a backward pass that needs nothing but its input.
 
     Returns:
         The hook handles that undo the cast of its output.
@@ -30,7 +32,18 @@ def train_norm(norm: nn.Module) -> list[Any]:
     return [
         norm.register_forward_pre_hook(_as_the_kernel_needs),
         norm.register_forward_hook(partial(_in_frozen_dtype, frozen)),
+        *(lean_norm(norm) if fast else ()),
     ]
+
+
+def lean_norm(norm: nn.Module) -> list[Any]:
+    """Gives a norm without mean a backward pass that needs its input alone, trained or not.
+
+    Returns:
+        The hook handles that undo it; none where the norm is another one.
+    """
+    form = rms_form(norm)
+    return [] if form is None else [norm.register_forward_hook(partial(_with_lean_backward, *form))]
 
 
 def own_parameters(norm: nn.Module) -> list[str]:
@@ -60,6 +73,16 @@ def _in_frozen_dtype(frozen: torch.dtype, norm: nn.Module, args: tuple[Any, ...]
         # Under autocast the frozen norm and this one run the same kernel and return the same dtype.
         return output if _in_autocast(output) else output.to(frozen)
     return output.to(args[0].dtype) if args else output
+
+
+def _with_lean_backward(
+    eps: float, offset: int, norm: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor | None:
+    if not args or not output.requires_grad or not can_replace():
+        return None
+    # What autograd recorded of the norm's own forward is freed with ``output``.
+    result: Tensor = RmsNorm.apply(args[0], norm.weight, output.detach(), eps, offset)
+    return result
 
 
 def _in_autocast(tensor: Tensor) -> bool:

@@ -50,14 +50,31 @@ def gated_tick(
     U: Tensor,
     act: Callable[[Tensor], Tensor],
     dropout: Callable[[Tensor], Tensor],
+    *,
+    together: bool = False,
 ) -> Tensor:
     """P (σ(Qx) ⊙ Ux): the same widening on a gated FFN, down(σ(gate x) ⊙ up x); no bias is needed.
 
-    Args and result as :func:`plain_tick`; U is ``(t, h)``.
+    Args and result as :func:`plain_tick`; U is ``(t, h)``. ``together``: one product with Q and U, which reads x once.
     """
-    hidden = act(F.linear(x, Q.to(x.dtype))) * F.linear(x, U.to(x.dtype))
-    hidden = dropout(hidden)
+    if together:
+        gate, up = F.linear(x, torch.cat([Q, U]).to(x.dtype)).chunk(2, dim=-1)
+    else:
+        gate, up = F.linear(x, Q.to(x.dtype)), F.linear(x, U.to(x.dtype))
+    hidden = dropout(act(gate) * up)
     return F.linear(hidden, P.to(hidden.dtype))
+
+
+def drop_probability(dropout: tuple[nn.Module, str] | None) -> float:
+    """With which probability a block drops its hidden units now.
+
+    Args:
+        dropout: Module and attribute name of that dropout (a probability or an ``nn.Dropout``), or None.
+    """
+    if dropout is None or not dropout[0].training:
+        return 0.0
+    own = getattr(*dropout)
+    return float(own.p if isinstance(own, nn.Dropout) else own)
 
 
 class Tick(nn.Module):
@@ -80,6 +97,7 @@ class Tick(nn.Module):
         generator: Draws Q and U, uniform in ±1/√h: ``kaiming_uniform(a=√5)``, as He et al. use it. P and r
             are zero, so the function is unchanged at first.
         device: Where the parameters live.
+        fast: Whether a gated tick computes Qx and Ux together.
     """
 
     def __init__(
@@ -94,10 +112,12 @@ class Tick(nn.Module):
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
+        fast: bool = False,
     ) -> None:
         super().__init__()
         self.form: Form = form
         self.dropout = dropout
+        self.fast = fast
         # In tuples: registered as submodules they would appear a second time in the model's state dict.
         self._act = (act,)
         self._base_dropout = base_dropout
@@ -118,7 +138,7 @@ class Tick(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns what the tick adds to FFN(x); ``(..., h)`` -> ``(..., h)``."""
         if self.U is not None:
-            return gated_tick(x, self.P, self.Q, self.U, self._act[0], self._drop)
+            return gated_tick(x, self.P, self.Q, self.U, self._act[0], self._drop, together=self.fast)
         return plain_tick(x, self.P, self.Q, self.r, self._act[0], self._drop)
 
     def attach(self, up: nn.Module, down: nn.Module) -> list[Any]:
@@ -139,11 +159,7 @@ class Tick(nn.Module):
         return output + added.to(output.dtype)
 
     def _drop(self, hidden: Tensor) -> Tensor:
-        if self._base_dropout is not None:
-            owner, name = self._base_dropout
-            own = getattr(owner, name)
-            p = own.p if isinstance(own, nn.Dropout) else own
-            hidden = F.dropout(hidden, p, training=owner.training)
+        hidden = F.dropout(hidden, drop_probability(self._base_dropout))
         return F.dropout(hidden, self.dropout, training=self.training)
 
 

@@ -394,7 +394,9 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial values, the row order and dropout."""
     fast: bool = True
-    """Ways of computing that are faster and agree with the plain ones to rounding; false: the plain ones."""
+    """Ways of computing that are faster or keep less, and agree with the plain ones to rounding: the loss of language
+    models without their logits; less kept for the backward pass of gated units, activations and norms without mean; Q
+    and U of a gated tick in one product. false: the plain ones."""
 
 
 class Generate(Section):
