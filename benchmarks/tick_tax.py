@@ -258,8 +258,8 @@ def section(document: dict[str, Any]) -> str:
                 lines.append(f"| {shape} | {precision} | {form} | {speed} | {more} |")
     lines += [
         "",
-        "What one layer keeps for the backward pass, for each token, all in bfloat16, without autocast and dropout, in units",
-        "of a hidden state (2 bytes for each of its numbers):",
+        "What one layer keeps for the backward pass, for each token, all in bfloat16, without autocast and dropout, in",
+        "units of a hidden state (2 bytes for each of its numbers):",
         "",
         "| shape | form | kept |",
         "|---|---|---|",

@@ -24,6 +24,9 @@ T = B * s
 class _Loop:
     """A task that takes what a model gives, for the training loop."""
 
+    def rows(self, batch: dict[str, Tensor]) -> int:
+        return 1
+
     def weight(self, batch: dict[str, Tensor]) -> float:
         return 1.0
 
