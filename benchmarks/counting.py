@@ -1,14 +1,14 @@
 """What a step costs, counted instead of timed: matrix products, saved tensors, kernels."""
 
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from ticktune.train.memory import Kept
 
 
 def flops(run: Callable[[], Any]) -> int:
@@ -18,31 +18,18 @@ def flops(run: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-class _Kept:
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached: a saved result would hold the record that holds it.
-        self.tensor = tensor.detach()
-
-
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     """Bytes that autograd keeps for the backward pass of what a call returns.
 
     Each storage counts once and whole, however many views of it are kept; the model's own parameters and buffers
     do not count. What was kept and is freed by the end of the call does not count either.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor)
-        alive.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+    kept = Kept([*model.parameters(), *model.buffers()])
+    with kept:
         result = run()
-    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in alive}
+    total = kept.total
     del result
-    return sum(size for pointer, size in storages.items() if pointer not in own)
+    return total
 
 
 # They change how a tensor is seen, and start no kernel.

@@ -1,5 +1,6 @@
 """Gradient checkpointing: the same losses and gradients, less memory, and the figures that are said of it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_a_writer_that_classifies_fills_no_cache_twice(family: str, tiny_llama: 
         work.model = transformers.AutoModelForSequenceClassification.from_config(config)
         attach(work.model, 4)
         with measured(work.model, layers_of(work.model)) as kept:
-            work.task.forward(work.model, work.batches(24)[0][0])
+            outputs = work.task.forward(work.model, work.batches(24)[0][0])
+        del outputs
         options = {"around": _around(work)} if checkpointed else {}
         reports = list(steps(work, work.batches(12), optimizer_of(work.model), **options))
         found.append(([r.loss for r in reports], kept.plain))
@@ -119,19 +121,25 @@ def test_layers_are_run_again_in_the_backward_pass(tiny_bert: Path, tiny_llama: 
 
 def _kept(work: Work, around: Any) -> int:
     """Bytes that a forward pass leaves in memory, counted by the objects that are alive."""
-    sizes: dict[int, int] = {}
+    counts, bytes_of = Counter[int](), dict[int, int]()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor, self.key = tensor.detach(), tensor.untyped_storage()._cdata
+            bytes_of[self.key] = tensor.untyped_storage().nbytes()
+            counts[self.key] += 1
+
+        def __del__(self) -> None:
+            counts[self.key] -= 1
 
     set_training(work.model, True, base_dropout=False)
     [batch] = work.batches(24)
-    with around(batch[0]), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with around(batch[0]), torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         loss = work.task.loss(work.task.forward(work.model, batch[0]), batch[0])
     own = {p.untyped_storage()._cdata for p in [*work.model.parameters(), *work.model.buffers()]}
+    kept = {key: bytes_of[key] for key, count in counts.items() if count and key not in own}
     del loss
-    return sum(size for key, size in sizes.items() if key not in own)
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -142,7 +150,8 @@ def test_figures_are_what_is_kept(family: str, tiny_bert: Path, tiny_llama: Path
     set_training(work.model, True, base_dropout=False)
     [batch] = work.batches(24)
     with measured(work.model, layers_of(work.model)) as found:
-        work.task.loss(work.task.forward(work.model, batch[0]), batch[0])
+        loss = work.task.loss(work.task.forward(work.model, batch[0]), batch[0])
+    del loss
     assert len(found.layers) == 3
     assert found.plain == pytest.approx(_kept(work, nullcontext), rel=0.02)
     assert found.outside + found.inputs == pytest.approx(_kept(work, _around(work)), rel=0.01)

@@ -1,5 +1,6 @@
 """How much a forward pass keeps for its backward pass, and what gradient checkpointing saves of it."""
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,28 +46,35 @@ def measured(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Activati
         layers: Those that are checkpointed.
 
     Yields:
-        What is kept; complete at the end.
+        What is kept; complete at the end, when the results of the body must still be there.
     """
     weights = [*model.parameters(), *model.buffers()]
-    found, all_kept, inputs = Activations(), _Kept(weights), set[int]()
+    found, all_kept, inputs = Activations(), Kept(weights), set[int]()
     stand_ins = {layer: _Measured(layer, found, weights, inputs) for layer in layers}
     with standing_in(places_of(model, layers), stand_ins), all_kept:
         yield found
-    found.inputs = sum(size for key, size in all_kept.sizes.items() if key in inputs)
-    found.outside = all_kept.total - found.inputs
+    sizes = all_kept.sizes
+    found.inputs = sum(size for key, size in sizes.items() if key in inputs)
+    found.outside = sum(sizes.values()) - found.inputs
 
 
-class _Kept:
-    """Sees which storages the graph of its body keeps.
+class Kept:
+    """Sees which storages the graph of its body keeps, as long as it keeps them.
 
     Args:
         known: Tensors that do not count.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        self.sizes: dict[int, int] = {}  # by storage, so that none counts twice
         self._known = set(map(_storage, known))
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Bytes of each storage that is still kept; each counts once and whole."""
+        found = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in self._alive}
+        return {key: size for key, size in found.items() if key not in self._known}
 
     @property
     def total(self) -> int:
@@ -79,10 +87,15 @@ class _Kept:
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in self._known:
-            self.sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+    def _pack(self, tensor: Tensor) -> "_Saved":
+        saved = _Saved(tensor)
+        self._alive.add(saved)
+        return saved
+
+
+class _Saved:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # a saved result would hold the record that holds it
 
 
 class _Measured(Checkpointed):
@@ -97,11 +110,12 @@ class _Measured(Checkpointed):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states, *shared = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         self._inputs.add(_storage(states))
-        kept = _Kept([*self._weights, *shared])
+        kept = Kept([*self._weights, *shared])
         values, named = without_cache(args, kwargs)
         with kept:
-            self._layer[0](*values, **named)
+            result = self._layer[0](*values, **named)
         self._found.layers.append(kept.total)
+        del result
         return super().forward(*args, **kwargs)
 
 
