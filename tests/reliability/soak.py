@@ -27,7 +27,6 @@ from ticktune.versions import versions
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
 SEED = 1
 RANDOM, PAIRS, TRACED = 50, 50, 5
-_COMMAND = "bash scripts/soak.sh"
 _ALIKE = (4, 8, 10)
 """Checkpoints whose saves are like that of step 6: the first, that one and the last are tried call by call."""
 _FORCED = ("--merge", "--force", "--dtype", "bfloat16")
@@ -144,10 +143,11 @@ class Soak:
             name = f"pair-{attempt}"
             with self.work.training(name) as one, self.work.training(name) as other:
                 codes = sorted([one.wait(), other.wait()])
-                said = one.text(2) + other.text(2)
+                winner, loser = (one, other) if one.returncode == 0 else (other, one)
+                said, named = loser.text(2), f"another process is working in this directory (pid {winner.pid} on "
             if codes != [0, 7]:
                 yield f"exit codes {codes}"
-            elif "another process is working in this directory (pid " not in said:
+            elif named not in said:
                 yield f"the holder is not named: {said}"
             else:
                 yield again(self.work, name, self.whole)
@@ -196,9 +196,8 @@ def main() -> int:
 
 
 def _document(found: dict[str, Any]) -> dict[str, Any]:
-    place = [f"TMPDIR={folder}" for folder in [os.environ.get("TMPDIR")] if folder]
     return {
-        "command": " ".join([*place, _COMMAND]),
+        "command": "bash scripts/soak.sh",
         "seed": SEED,
         "steps": STEPS,
         "strace": can_trace(),
