@@ -144,6 +144,15 @@ def load_config(base: BaseFiles) -> Any:
         raise BaseModelError([config_problem(entries, error, base.config_name)]) from error
 
 
+def code_not_run(base: BaseFiles) -> str | None:
+    """Says that a base's config names code of its own beside a model type of transformers; None: it names none."""
+    names = _read_config(base).get("auto_map")
+    if not names:
+        return None
+    own = type(load_config(base)).__name__.removesuffix("Config")
+    return f"{base.config_name} names code of its own (auto_map), which is not run: the {own} of transformers is used"
+
+
 def named_class(base: BaseFiles) -> str | None:
     """Returns the model class that a base's config names, or None where it names none.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ticktune.base import (
     BaseFiles,
+    code_not_run,
     load_config,
     locate_config,
     named_class,
@@ -142,6 +143,8 @@ def inspect_base(name: str, console: Console, *, revision: str | None = None, di
     quiet_transformers()
     base = locate_config(name, revision=revision)
     config = load_config(base)
+    if own := code_not_run(base):
+        console.note(own)
     named = named_class(base)
     model = without_weights(base, named or "AutoModel", {})
     total = sum(p.numel() for p in model.parameters())

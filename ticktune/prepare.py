@@ -14,6 +14,7 @@ from ticktune.adapter import AdapterFacts, attach_adapter, check_base, parse_fac
 from ticktune.base import (
     BaseFiles,
     check_vocabulary,
+    code_not_run,
     fingerprint,
     load_config,
     load_model,
@@ -110,6 +111,8 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
         )
     row = TASKS[recipe.task]
     processor = load_processor(base, row.processor)
+    if own := code_not_run(base):
+        console.note(own)
     if pad := padded_with(processor):
         console.note(f"{base.name}: its tokenizer has no pad token, so {pad} fills up short rows, where it is masked")
     train = rows["train"]

@@ -11,6 +11,10 @@ The environment variable ``TICKTUNE_FAULTS`` of the command holds plans, one a w
 - ``trace=FILE``: every call of ``disk`` as a line of FILE: ``space`` or ``-``, what it is, its paths.
 - ``args@POINT=FILE``: the first argument of each call of a function as a line of FILE.
 - ``umask=027``, ``fsize=16000``: the umask, and the largest size of a file (RLIMIT_FSIZE).
+- ``free=N``: the disk is said to have so many bytes free.
+- ``cpu=N``, ``memory=N``: the kernel ends the process after so many seconds of computing, or refuses it more bytes than
+  so many beyond those that its fork began with.
+- ``fp16``: a CPU may train in fp16.
 - ``stderr=FILE``, ``stdout=FILE``: where messages and results go, such as ``/dev/full``.
 - ``no-exchange``: the file system cannot exchange two names.
 - ``near``: what a merged folder is compared in runs in this process, not in a fresh one that imports for seconds.
@@ -31,6 +35,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 VARIABLE = "TICKTUNE_FAULTS"
@@ -54,6 +59,15 @@ def install(words: Iterable[str]) -> None:
             import ticktune.files
 
             ticktune.files._exchange = lambda one, other: False
+        elif word == "fp16":
+            _let_fp16()
+        elif word.startswith("free="):
+            _say_free(int(word.removeprefix("free=")))
+        elif word.startswith("cpu="):
+            seconds = int(word.removeprefix("cpu="))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        elif word.startswith("memory="):
+            _limit_memory(int(word.removeprefix("memory=")))
         elif word.startswith(("stderr=", "stdout=")):
             stream, _, file = word.partition("=")
             os.dup2(os.open(file, os.O_WRONLY), getattr(sys, stream).fileno())
@@ -116,8 +130,6 @@ def _trace_myself(injection: str) -> None:
 
 
 def _near() -> None:
-    from types import SimpleNamespace
-
     from ticktune.export import stock_forward, verify
 
     def run(words: list[str], **options: object) -> "subprocess.CompletedProcess[str]":
@@ -127,6 +139,29 @@ def _near() -> None:
         return subprocess.CompletedProcess(words, 0, "\n".join(lines), "")
 
     verify.subprocess = SimpleNamespace(run=run)  # type: ignore[assignment]
+
+
+def _say_free(count: int) -> None:
+    shutil.disk_usage = lambda path: SimpleNamespace(free=count)  # type: ignore[assignment,misc]
+
+
+def _let_fp16() -> None:
+    import ticktune.prepare
+    from ticktune.device import Compute
+
+    choose = ticktune.prepare.choose_compute
+
+    def chosen(device: str, precision: str, **named: Any) -> Compute:
+        compute = choose(device, "fp32" if precision == "fp16" else precision, **named)
+        return Compute(compute.device, "fp16") if precision == "fp16" else compute
+
+    ticktune.prepare.choose_compute = chosen
+
+
+def _limit_memory(size: int) -> None:
+    status = Path("/proc/self/status").read_text()
+    held = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + size,) * 2)
 
 
 def _at(number: int, act: Callable[[str], None]) -> Callable[..., None]:

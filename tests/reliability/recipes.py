@@ -1,7 +1,6 @@
 """Tiny recipes, and what the cases look at after a command."""
 
 import json
-import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.support import write_recipe
-from tests.launch import Launched
 
 Row = dict[str, Any]
 CHAT = (
@@ -115,10 +113,3 @@ def weights(run: Path) -> bytes:
 def files(folder: Path) -> dict[str, bytes]:
     """All files below a folder, and what they hold."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def limit_memory(process: Launched, size: int) -> None:
-    """Lets a process allocate so many bytes more than its fork began with."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    held = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (held * 1024 + size,) * 2)

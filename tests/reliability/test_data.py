@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import Run
 from tests.launch import Launched
 from tests.reliability.catalogue import case
+from tests.reliability.faults import plan
 from tests.reliability.recipes import (
     CHAT,
     classifier,
@@ -20,7 +21,6 @@ from tests.reliability.recipes import (
     files,
     jsonl,
     labelled,
-    limit_memory,
     record,
     refused,
     tokenizer_base,
@@ -226,14 +226,13 @@ def test_hostile_bytes(tmp_path: Path, tiny_bert: Path, ticktune: Run, kind: str
 
 
 @case("D6")
-def test_a_huge_line_is_refused_in_bounded_memory(tmp_path: Path, tiny_bert: Path) -> None:
+def test_a_huge_line_is_refused_in_bounded_memory(tmp_path: Path, tiny_bert: Path, ticktune: Run) -> None:
     recipe = classifier(tmp_path, tiny_bert)
     with (tmp_path / "train.jsonl").open("ab") as file:
         file.write(b'{"text": "')
         file.truncate(300 << 20)  # sparse
-    with Launched(["train", str(recipe)], tmp_path) as process:
-        limit_memory(process, 250 << 20)
-        refused(process.completed(60), 4, "train.jsonl:25", "longer than 64 MiB")
+    done = ticktune("train", recipe, cwd=tmp_path, env=plan(f"memory={250 << 20}"))
+    refused(done, 4, "train.jsonl:25", "longer than 64 MiB")
 
 
 @case("D7")

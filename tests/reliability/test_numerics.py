@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Run
-from tests.launch import Launched
 from tests.reliability.catalogue import ROOT, case
+from tests.reliability.faults import plan
 from tests.reliability.recipes import (
     changed_base,
     classifier,
@@ -20,7 +20,6 @@ from tests.reliability.recipes import (
     files,
     jsonl,
     labelled,
-    limit_memory,
     logged,
     record,
     refused,
@@ -149,6 +148,41 @@ def test_a_precision_that_the_device_cannot_do(tmp_path: Path, tiny_bert: Path, 
     assert not (tmp_path / "run/run.json").exists()
 
 
+@case("N5")
+def test_fp16_steps_that_are_skipped_count_and_a_resumed_run_agrees(
+    tmp_path: Path, tiny_llama: Path, ticktune: Run
+) -> None:
+    def large(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] *= 100  # so that the first scales are too large for the gradients
+
+    rows = [{"prompt": "w1 " * (1 + i % 4), "response": "w2 " * (1 + i * i % 7) + f"w{i}"} for i in range(32)]
+    base, training = changed_base(tmp_path, tiny_llama, large), {"precision": "fp16", "batch_size": 4}
+    changes = {"optimizer": {"lr": 1e-3}, "checkpoints": {"every": 3, "keep": 9}}
+    recipe = writer(tmp_path, base, rows, training=training, **changes)
+    done_well(ticktune("train", recipe, "output=whole", cwd=tmp_path, env=plan("fp16")))
+    whole = tmp_path / "whole"
+    assert record(whole)["compute"]["precision"] == "fp16"
+    counted, scales = logged(whole, "skipped"), logged(whole, "scale")
+    skips = [after - before for before, after in zip([0, *counted], counted, strict=False)]
+    assert len(skips) == 8
+    assert skips[:3] == [1, 1, 1]
+    assert sum(skips) == record(whole)["skipped_steps"] < 8
+    assert scales == [2.0 ** (16 - sum(skips[:step])) for step in range(8)]
+    # A skipped step counts: the learning rate is that of a run that skips none.
+    done_well(ticktune("train", recipe, "output=plain", "training.precision=fp32", cwd=tmp_path))
+    assert logged(whole, "lr") == logged(tmp_path / "plain", "lr")
+    for killed in (4, 7):
+        run = tmp_path / f"run{killed}"
+        fault = plan("fp16", f"KILL@ticktune.session.Session._show#{killed}")
+        assert ticktune("train", recipe, f"output={run.name}", cwd=tmp_path, env=fault).returncode == -9
+        done = ticktune("train", recipe, f"output={run.name}", cwd=tmp_path, env=plan("fp16"))
+        done_well(done, f"going on after step {killed // 3 * 3} of 8")
+        assert weights(run) == weights(whole)
+        assert record(run)["skipped_steps"] == sum(skips)
+        for key in ("loss", "lr", "scale", "skipped", "grad_norm"):
+            assert logged(run, key) == logged(whole, key)
+
+
 @case("N6")
 def test_tensors_that_never_move_are_named(tmp_path: Path, tiny_bert: Path, ticktune: Run) -> None:
     def deaf(tensors: dict[str, Tensor]) -> None:
@@ -207,10 +241,9 @@ def test_out_of_memory_names_the_keys_to_change(tmp_path: Path, tiny_bert: Path,
     run = tmp_path / "run"
 
     def limited() -> str:
-        with Launched(["train", str(recipe)], tmp_path) as process:
-            limit_memory(process, 80 << 20)
-            keys = ("lower training.micro_batch_size", "data.max_length", "or ticks.layers")
-            return refused(process.completed(120), 8, "out of memory", "training.batch_size 300", *keys)
+        keys = ("lower training.micro_batch_size", "data.max_length", "or ticks.layers")
+        done = ticktune("train", recipe, cwd=tmp_path, env=plan(f"memory={80 << 20}"))
+        return refused(done, 8, "out of memory", "training.batch_size 300", *keys)
 
     assert "trying the longest rows, 300 at once with a length of up to 53" in limited()
     assert not run.joinpath("checkpoints").exists()

@@ -361,7 +361,9 @@ class Training(Section):
     """Examples per forward pass; null = batch_size (no accumulation)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
-    Trainable tensors and optimizer state are always float32."""
+    Trainable tensors and optimizer state are always float32. A step whose gradients overflow in fp16 moves no weight
+    but counts: the learning rate goes on, its rows come again in the next epoch, and run.json has how many
+    (skipped_steps). More than 16 in a row are an error."""
     device: Annotated[
         str,
         BeforeValidator(_plain_text),
