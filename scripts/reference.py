@@ -33,7 +33,10 @@ CODES_INTRO = """\
 The exit code of every command. An error is printed to stderr as `error[kind]`, the place, and what was found;
 below it stands what to do, where that is known. `--debug` adds the traceback."""
 
-DONE = "Success; also for a run that is complete already, and an export that exists and is verified."
+DONE = (
+    "Success; also for a run that is complete already, an export that exists and is verified, and a command whose "
+    "signal came when the work was done and the result was being written: it is written to the end."
+)
 BUG = "A bug in ticktune: nothing that a user should meet."
 
 # The same keys below each of them, so they are listed once.

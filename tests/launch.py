@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -61,7 +62,8 @@ class Launched:
             stream.write_bytes(input.encode() if isinstance(input, str) else input)
             input = b""
         environment = {**os.environ, **(env or {})}
-        self._process = _context().Process(target=_run, args=(words, cwd, environment, self._streams))
+        self._used = Path(self._folder.name) / "used"
+        self._process = _context().Process(target=_run, args=(words, cwd, environment, self._streams, self._used))
         self._process.start()
         self.pid = self._process.pid or 0
 
@@ -95,6 +97,11 @@ class Launched:
         """What it has written so far: 1, standard output; 2, standard error."""
         return self._streams[number].read_text(encoding="utf-8", errors="replace")
 
+    @property
+    def seconds(self) -> float:
+        """How long it ran, once it has ended by itself."""
+        return float(self._used.read_text())
+
     def completed(self, timeout: float | None = None) -> "subprocess.CompletedProcess[str]":
         """Waits for its end and returns what it wrote."""
         code = self.wait(timeout)
@@ -123,7 +130,8 @@ def launch(
         return launched.completed(timeout)
 
 
-def _run(words: list[str], cwd: Path, environment: dict[str, str], streams: list[Path]) -> None:
+def _run(words: list[str], cwd: Path, environment: dict[str, str], streams: list[Path], used: Path) -> None:
+    started = time.monotonic()
     for number, stream in enumerate(streams):
         os.dup2(os.open(stream, os.O_RDWR | os.O_APPEND), number)
     os.chdir(cwd)
@@ -145,4 +153,5 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], streams: list
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        used.write_text(str(time.monotonic() - started))
         os._exit(code)

@@ -16,7 +16,7 @@ import ticktune
 from tests.reliability.catalogue import case
 from tests.training import bits, same, snapshot
 from ticktune.adapter import FACTS, TENSORS, AdapterFacts, read_facts, read_tensors, write_adapter
-from ticktune.errors import BaseModelError, CheckpointError, PatchError, TicktuneError
+from ticktune.errors import BaseModelError, CheckpointError, NumericsError, PatchError, TicktuneError
 from ticktune.files import MANIFEST
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
 
@@ -45,6 +45,20 @@ def _logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(**batch).logits
     return logits
+
+
+@case("X10")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_saved(value: float, tmp_path: Path) -> None:
+    model = _tuned(_from_memory())
+    ticktune.save_adapter(model, tmp_path / "adapter")
+    before = (tmp_path / "adapter" / TENSORS).read_bytes()
+    with torch.no_grad():
+        adapter_state(model)["encoder.1.ffn.P"][0, 0] = value
+    with pytest.raises(NumericsError, match=r"the tensor encoder\.1\.ffn\.P holds NaN or infinity"):
+        ticktune.save_adapter(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / TENSORS).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 @case("X2")

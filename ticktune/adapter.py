@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ticktune.base import BaseFiles, fingerprint, fingerprint_in_memory, stored_quantization
-from ticktune.errors import BaseModelError, CheckpointError, PatchError
+from ticktune.errors import BaseModelError, CheckpointError, NumericsError, PatchError
 from ticktune.files import (
     as_record,
     new_directory,
@@ -26,13 +26,14 @@ from ticktune.patch.attach import (
     detach,
     head_candidates,
     load_adapter_state,
+    not_finite,
 )
 from ticktune.patch.fields import shapes_of
 from ticktune.quantize import is_quantized
 from ticktune.registry import TASKS
 from ticktune.report.card import adapter_card
 from ticktune.tasks.task import TaskOptions
-from ticktune.weights import load_weights
+from ticktune.weights import load_weights, tensor_bytes
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
@@ -129,7 +130,7 @@ def write_adapter(
     """
     from safetensors.torch import save_file
 
-    with new_directory(directory, replace=replace) as temporary:
+    with new_directory(directory, replace=replace, needed=tensor_bytes(tensors)) as temporary:
         whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         save_file(whole, temporary / TENSORS, metadata={"format": "pt"})
         write_json(temporary / FACTS, asdict(facts))
@@ -218,11 +219,19 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
     Raises:
         PatchError: The model has no ticks.
+        NumericsError: A tensor holds NaN or infinity; nothing is written.
         OutputError: The folder exists and is no adapter.
         ResourceError: The disk is full.
     """
+    tensors = adapter_state(model)
+    if (name := not_finite(tensors)) is not None:
+        raise NumericsError(
+            f"the tensor {name} holds NaN or infinity, and is not saved",
+            where=str(directory),
+            fix="load an adapter that was saved before, and lower the learning rate",
+        )
     facts = describe_adapter(model, _base_facts(model, attachment_of(model).plan.head))
-    write_adapter(Path(directory), adapter_state(model), facts, adapter_card(asdict(facts)))
+    write_adapter(Path(directory), tensors, facts, adapter_card(asdict(facts)))
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, full_precision: bool = False) -> nn.Module:

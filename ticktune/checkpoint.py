@@ -12,7 +12,7 @@ from ticktune.console import Console
 from ticktune.errors import CheckpointError, NumericsError, PatchError
 from ticktune.files import new_directory, read_json, remove_directory, verify_directory, write_json
 from ticktune.patch.attach import adapter_parameters, adapter_state, load_adapter_state, not_finite
-from ticktune.weights import load_weights
+from ticktune.weights import load_weights, tensor_bytes
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -75,7 +75,8 @@ def save_checkpoint(
     target = directory / f"step-{progress.step:08d}"
     tensors, state = adapter_state(model), _optimizer_tensors(model, optimizer)
     check_finite(tensors | state, f"step {progress.step}")
-    with new_directory(target, replace=True) as temporary:
+    needed = tensor_bytes(tensors) + tensor_bytes(state) + tensor_bytes(best or {})
+    with new_directory(target, replace=True, needed=needed) as temporary:
         save_file(_on_cpu(tensors), temporary / "adapter.safetensors")
         save_file(_on_cpu(state), temporary / "optimizer.safetensors")
         if best is not None:
@@ -92,6 +93,11 @@ def save_checkpoint(
     for old in find_checkpoints(directory)[keep:]:
         remove_directory(old)
     return target
+
+
+def checkpoint_bytes(model: nn.Module, *, with_best: bool) -> int:
+    """About how large a checkpoint becomes: what is trained, two moments of AdamW, and the best adapter so far."""
+    return tensor_bytes(adapter_state(model)) * (4 if with_best else 3)
 
 
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:

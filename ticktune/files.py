@@ -11,17 +11,20 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from ticktune.errors import CheckpointError, OutputError, RecipeError, ResourceError
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_LOCK = ".lock"
 _Record = TypeVar("_Record")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk: no space, no quota, a file that may not grow."""
+
 _UNWRITABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -70,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
         ResourceError: The disk is full or the directory cannot be written.
     """
     temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}")
-    with writing(path):
+    with writing(path, len(text.encode())):
         try:
             with temporary.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
@@ -89,8 +92,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, value: Any) -> None:
     """Appends one JSON object as a line."""
-    with writing(path), open(path, "a", encoding="utf-8", opener=_no_link) as file:
-        file.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+    line = json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n"
+    with writing(path, len(line.encode())), open(path, "a", encoding="utf-8", opener=_no_link) as file:
+        file.write(line)
 
 
 def read_json(path: Path) -> Any:
@@ -134,7 +138,7 @@ def as_record(kind: type[_Record], entries: Any) -> _Record:
 
 
 @contextmanager
-def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, *, replace: bool = False, needed: int = 0) -> Iterator[Path]:
     """A directory that appears at ``target`` as a whole, or not at all.
 
     Yields a temporary directory beside ``target``. When the block ends without an error, every file in it
@@ -145,6 +149,7 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         target: Where the directory shall stand.
         replace: Exchange it with an existing ``target`` and remove that; only a folder that this function wrote.
+        needed: Bytes that will be written, where that is known, for the error of a full disk.
 
     Raises:
         OutputError: ``target`` exists, and ``replace`` is false or it is not a folder of ours.
@@ -159,36 +164,51 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 where=str(target),
                 fix="choose another place, or remove it yourself",
             )
+    with temporary_beside(target, needed) as temporary:
+        yield temporary
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        mode = 0o666 & ~_umask()
+        for file in files:
+            file.chmod(mode)  # safetensors leaves 0600, which another user cannot read
+            _fsync_file(file)
+        manifest = {
+            "files": {
+                p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+                for p in files
+            }
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _fsync_file(temporary / MANIFEST)
+        for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
+            _fsync_directory(folder)
+        _fsync_directory(temporary)
+        _put(temporary, target, replace)
+        _fsync_directory(target.parent)
+
+
+@contextmanager
+def temporary_beside(target: Path, needed: int = 0) -> Iterator[Path]:
+    """A directory for the block, beside ``target``; what a killed process left of the same ``target`` is removed first.
+
+    Args:
+        target: What it is for.
+        needed: As in :func:`new_directory`.
+
+    Raises:
+        ResourceError: The disk is full or the parent cannot be written.
+    """
     temporary = target.parent / f"{_TEMPORARY}{target.name[:40]}-{secrets.token_hex(6)}"
-    with writing(target):
+    with writing(target, needed):
         _make_directory(target.parent)
         for left in target.parent.glob(f"{_TEMPORARY}*"):
             if re.fullmatch(rf"{re.escape(_TEMPORARY + target.name[:40])}-[0-9a-f]{{12}}", left.name):
                 _remove_leftover(left)
         temporary.mkdir()
-    try:
-        with writing(target), _held(temporary):
-            yield temporary
-            files = sorted(p for p in temporary.rglob("*") if p.is_file())
-            mode = 0o666 & ~_umask()
-            for file in files:
-                file.chmod(mode)  # safetensors leaves 0600, which another user cannot read
-                _fsync_file(file)
-            manifest = {
-                "files": {
-                    p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-                    for p in files
-                }
-            }
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            _fsync_file(temporary / MANIFEST)
-            for folder in sorted(p for p in temporary.rglob("*") if p.is_dir()):
-                _fsync_directory(folder)
-            _fsync_directory(temporary)
-            _put(temporary, target, replace)
-            _fsync_directory(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with _held(temporary):
+                yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _put(new: Path, target: Path, replace: bool) -> None:
@@ -293,46 +313,119 @@ def _held(directory: Path) -> Iterator[bool]:
 
 
 @contextmanager
+def working(directory: Path) -> Iterator[None]:
+    """Makes a directory, proves that it can be written, and holds its lock for the block.
+
+    Where nothing was written by then, the directory and those above it that were made here are removed again.
+
+    Raises:
+        ResourceError: It cannot be written or locked.
+        OutputError: Another process works there.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    check_writable(directory)
+    with lock(directory):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # somebody else uses it, or has removed it
+                if os.listdir(directory) == [_LOCK]:
+                    (directory / _LOCK).unlink()
+                    for path in made:
+                        path.rmdir()
+
+
+@contextmanager
 def lock(directory: Path) -> Iterator[None]:
     """Holds ``directory/.lock`` for the block; the kernel frees it when the process ends, however it ends.
 
     Raises:
         OutputError: Another process holds it.
+        ResourceError: It cannot be locked or written.
     """
+    number = _locked(directory)
+    try:
+        text = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}".encode()
+        with writing(directory / _LOCK, len(text)):
+            os.ftruncate(number, 0)
+            os.write(number, text)
+        yield
+    finally:
+        os.close(number)
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process holds the lock of a directory; changes nothing, and makes nothing."""
     import fcntl
 
-    path = directory / ".lock"
-    with writing(path):
-        file = open(path, "a+", encoding="utf-8", opener=_no_link)
-    with file:
+    try:
+        number = os.open(directory / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False  # there is none
+    try:
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True  # or it cannot be locked, which whoever tries in earnest says
+    finally:
+        os.close(number)
+    return False
+
+
+def _locked(directory: Path) -> int:
+    """Opens and locks the file; anew where its last holder removed it between the two."""
+    import fcntl
+
+    path = directory / _LOCK
+    while True:
+        with writing(path):
+            number = _opened(directory, _LOCK, os.O_RDWR | os.O_APPEND)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_there = path.exists() and os.path.samestat(os.fstat(number), path.stat())
+        except FileNotFoundError:
+            is_there = False
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise ResourceError(
-                    f"the directory cannot be locked: {error.strerror}",
-                    where=str(path),
-                    fix="put the output on a local disk",
-                ) from error
-            holder = _holder(file)
-            raise OutputError(
-                f"another process is working in this directory ({holder})",
-                where=str(directory),
-                fix="wait for it, stop it, or choose another output",
-            ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
-        file.flush()
-        yield
+            is_held = error.errno in (errno.EAGAIN, errno.EACCES)
+            holder = _holder(number) if is_held else ""
+            os.close(number)
+            if is_held:
+                raise OutputError(
+                    f"another process is working in this directory ({holder})",
+                    where=str(directory),
+                    fix="wait for it, stop it, or choose another output",
+                ) from None
+            raise ResourceError(
+                f"the directory cannot be locked: {error.strerror}",
+                where=str(path),
+                fix="put the output on a local disk",
+            ) from error
+        if is_there:
+            return number
+        os.close(number)
 
 
-def _holder(file: TextIO) -> str:
-    for _ in range(20):  # it takes the lock, and then writes who it is
-        file.seek(0)
-        if text := file.read().strip():
-            return text
+def _holder(number: int) -> str:
+    """Who holds a lock; it takes the lock first, and then writes who it is over what the last holder wrote."""
+    text = ""
+    for _ in range(20):
+        text = os.pread(number, 1000, 0).decode(errors="replace").strip()
+        if text and _may_live(text):
+            break
         time.sleep(0.05)
-    return "unknown"
+    return text or "unknown"
+
+
+def _may_live(holder: str) -> bool:
+    found = re.fullmatch(r"pid (\d+) on (.*) since .*", holder)
+    if found is None or found[2] != socket.gethostname():
+        return True
+    try:
+        os.kill(int(found[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # of another user
+    return True
 
 
 def save_picture(picture: Any, path: Path) -> None:
@@ -347,8 +440,12 @@ def save_picture(picture: Any, path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, needed: int = 0) -> Iterator[None]:
     """Turns the errors of a full or unwritable disk into one message.
+
+    Args:
+        path: What is written.
+        needed: How many bytes, where that is known.
 
     Raises:
         ResourceError: No space, no permission, or not a directory.
@@ -359,10 +456,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else _os_error_number(str(error))
-        if number in _FULL:
-            free = shutil.disk_usage(_existing_parent(path)).free
+        if number in FULL:
             raise ResourceError(
-                f"the disk is full ({free / 1e6:.1f} MB free)",
+                full_disk(number, path, needed),
                 where=str(path),
                 fix="free some space and run the same command again: it goes on from the last checkpoint",
             ) from error
@@ -377,6 +473,23 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def full_disk(number: int, path: Path, needed: int = 0) -> str:
+    """What an error of a full disk, an exhausted quota or a file that may not grow says.
+
+    Args:
+        number: One of :data:`FULL`.
+        path: What is written.
+        needed: How many bytes; a block at least.
+    """
+    needed = max(needed, os.statvfs(_existing_parent(path)).f_frsize)
+    return f"the disk is full ({os.strerror(number)}): {needed:,} bytes needed, {free_bytes(path):,} bytes free"
+
+
+def free_bytes(path: Path) -> int:
+    """Returns how many bytes are free where a path is, or would be."""
+    return shutil.disk_usage(_existing_parent(path)).free
+
+
 def check_writable(directory: Path) -> None:
     """Creates ``directory`` and proves that a file can be written in it.
 
@@ -385,10 +498,18 @@ def check_writable(directory: Path) -> None:
     """
     probe = directory / f"{_TEMPORARY}probe"  # one name: what a killed process leaves, the next one removes
     with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
         probe.unlink(missing_ok=True)
-        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW))
+        os.close(_opened(directory, probe.name, os.O_WRONLY))
         probe.unlink(missing_ok=True)
+
+
+def _opened(directory: Path, name: str, flags: int) -> int:
+    """Opens a file in a directory that is made where it is not there, or is removed by another process meanwhile."""
+    for _ in range(10):
+        with suppress(FileNotFoundError):
+            directory.mkdir(parents=True, exist_ok=True)
+            return _no_link(str(directory / name), flags | os.O_CREAT)
+    raise ResourceError(f"cannot write here: {os.strerror(errno.ENOENT)}", where=str(directory))
 
 
 def finite(value: Any) -> Any:

@@ -36,12 +36,13 @@ from ticktune.export.save import existing_export, trained_on_lines, verification
 from ticktune.export.widen import merge_obstacle
 from ticktune.files import (
     check_writable,
-    lock,
+    is_locked,
     new_directory,
     remove_directory,
     remove_leftovers,
     save_picture,
     sha256_file,
+    working,
     write_json,
     writing,
 )
@@ -84,21 +85,34 @@ def train(loaded: LoadedRecipe, console: Console, *, restart: bool = False) -> N
     refuse_several_processes()
     run = RunFolder(output_path(loaded))
     run.check_foreign()
-    check_writable(run.path)
-    with lock(run.path), watched_signals() as signals:
+    if not restart and _is_complete(run) and not is_locked(run.path):
+        _say_complete(run, loaded, console)
+        return
+    with working(run.path), watched_signals() as signals:
         remove_leftovers(run.path)
         if not run.checkpoints.is_symlink():
             remove_leftovers(run.checkpoints)
         if not restart:
+            if _is_complete(run):  # since we looked
+                _say_complete(run, loaded, console)
+                return
             run.check_links()
             _refuse_changed_recipe(run, loaded)
-            if run.record().get("status") == "complete":
-                read_facts(run.adapter)
-                console.note(f"{run.path}: already complete, nothing to do")
-                _say_result(run, console)
-                return
         _train(loaded, run, console, signals, restart)
         _say_result(run, console)
+
+
+def _is_complete(run: RunFolder) -> bool:
+    return bool(run.record().get("status") == "complete")
+
+
+def _say_complete(run: RunFolder, loaded: LoadedRecipe, console: Console) -> None:
+    """Says of a complete run of this recipe what it is; touches no file."""
+    run.check_links()
+    _refuse_changed_recipe(run, loaded)
+    read_facts(run.adapter)
+    console.note(f"{run.path}: already complete, nothing to do")
+    _say_result(run, console)
 
 
 def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Signals, restart: bool) -> None:
@@ -328,10 +342,11 @@ def _export_adapter(target: Target, console: Console, output: Path | None, force
         _refuse_source(output, target.path)
         import shutil
 
-        with new_directory(output, replace=force) as temporary:
-            for file in target.path.iterdir():
-                if file.is_file() and file.name != "manifest.json":
-                    shutil.copyfile(file, temporary / file.name)
+        files = [file for file in target.path.iterdir() if file.is_file() and file.name != "manifest.json"]
+        needed = sum(file.stat().st_size for file in files)
+        with new_directory(output, replace=force, needed=needed) as temporary:
+            for file in files:
+                shutil.copyfile(file, temporary / file.name)
         read_facts(output)
         place = output
     size = sum(f.stat().st_size for f in place.iterdir())

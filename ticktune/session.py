@@ -18,7 +18,7 @@ from ticktune.data.batches import epoch_batches, micro_batches, sorted_batches
 from ticktune.device import Compute, describe, is_out_of_memory, mix
 from ticktune.errors import Interrupted, NumericsError, OutputError, Problem, ResourceError
 from ticktune.evaluate import is_better, score
-from ticktune.files import append_line, finite, sha256_json, write_text
+from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
 from ticktune.prepare import Prepared
@@ -150,6 +150,7 @@ class Session:
         self.run.update(status="running")
         try:
             with self._memory_named():
+                self._warn_little_space()
                 if newest is None:
                     self._try_longest()
                 if not self.progress.history:
@@ -162,6 +163,15 @@ class Session:
         except StopAsked as stop:
             raise self._interrupted(stop) from None
         self._finish()
+
+    def _warn_little_space(self) -> None:
+        size = checkpoint.checkpoint_bytes(self.model, with_best="validation" in self.prepared.examples)
+        free = free_bytes(self.run.path)
+        if free < 2 * size:  # a new one is written before an old one is removed
+            self.console.warn(
+                f"{self.run.path}: {free:,} bytes free, and two checkpoints take about {2 * size:,}: free some space, "
+                "or training may stop with a full disk"
+            )
 
     def _try_longest(self) -> None:
         """Tries a micro-batch of the longest rows, so that a lack of memory shows before anything is computed."""
@@ -337,7 +347,7 @@ class Session:
         return Interrupted(
             f"stopped after step {self.progress.step} of {self.plan.total}; saved as {saved} in {seconds:.1f} s",
             signal_number=stop.number,
-            fix="run the same command again to go on",
+            fix=f"to go on, run: {self.prepared.loaded.command}",
         )
 
     def _finish(self) -> None:

@@ -2,10 +2,14 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ticktune.errors import CheckpointError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_HEADER = 32 << 20  # bytes, some 300,000 tensors; a file of a large model has thousands
 # Bytes of one value of a safetensors dtype; of any other the library judges.
@@ -68,6 +72,11 @@ def load_weights(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"the file is damaged: {first_line(error)}", where=str(path)) from error
     return tensors
+
+
+def tensor_bytes(tensors: "Mapping[str, Tensor]") -> int:
+    """Returns how many bytes the values of some tensors take in a file."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:

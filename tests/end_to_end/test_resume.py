@@ -72,7 +72,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_weights(
         process.send_signal(number)
         stopped = process.completed(timeout=60)
     assert stopped.returncode == code, stopped.stderr
-    assert "run the same command again" in stopped.stderr
+    assert f"to go on, run: ticktune train {recipe}\n" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert json.loads((tmp_path / "runs/tiny/run.json").read_text())["status"] == "interrupted"
     done = ticktune("train", recipe, cwd=tmp_path)

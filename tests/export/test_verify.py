@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import tests.models as models
 from tests.reliability.catalogue import case
 from ticktune.adapter import describe_adapter
-from ticktune.errors import ExportError, OutputError
+from ticktune.errors import ExportError, OutputError, ResourceError
 from ticktune.export import verify
 from ticktune.export.save import Evidence, existing_export, verification_of, write_merged
 from ticktune.export.stock_forward import main_tensor
@@ -135,6 +136,20 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Reloaded:
 def _compare(case: Case, dtype: str, tolerance: float) -> verify.Verification:
     lists = [[which[dtype]] for which in (case.ours, case.merged, case.base, case.control)]
     return compare(*lists, [None], _decide, tolerance=tolerance)
+
+
+@case("C5")
+def test_a_full_disk_in_the_fresh_process_is_a_full_disk(tiny_llama: Path, tmp_path: Path) -> None:
+    ids = {"input_ids": torch.ones(4, 16, dtype=torch.long)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # between inputs and logits
+    try:
+        with pytest.raises(ResourceError, match=r"the disk is full \(File too large\)") as caught:
+            stock_logits([(tiny_llama, "AutoModelForCausalLM", "float32")], [ids], folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.problems[0].where == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @case("X1")

@@ -3,13 +3,19 @@
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.reliability.catalogue import case
+from tests.launch import launch
+from tests.reliability.catalogue import ROOT, case
+from tests.reliability.recipes import refused
 from tests.reliability.runs import STEPS, Work, again, judged, result, run_name, small_work, tried
 from ticktune.files import verify_directory
 
@@ -111,6 +117,48 @@ def test_no_row_is_repeated_or_left_out(work: Work, name: str) -> None:
         assert sorted(sum(uninterrupted[4 * epoch : 4 * epoch + 4], [])) == list(range(29))
 
 
+# Signalled
+
+
+@case("C3")
+@pytest.mark.parametrize(
+    ("point", "step"),
+    [
+        ("ticktune.train.steps._backward#16", 8),  # before its first micro-batch; the longest rows were the first call
+        ("ticktune.train.steps._backward#21", 10),  # between its micro-batches
+        ("ticktune.session.Session._account#11", 11),
+    ],
+)
+def test_sigterm_in_a_step_finishes_it_saves_and_says_how_to_go_on(
+    point: str, step: int, work: Work, whole: dict[str, Any], name: str
+) -> None:
+    with work.training(name, f"TERM@{point}") as process:
+        done = process.completed(timeout=30)
+    assert done.returncode == 143, done.stderr
+    saved = work.run(name) / f"checkpoints/step-{step:08d}"
+    place = re.escape(str(saved.relative_to(work.folder)))
+    assert re.search(rf"stopped after step {step} of {STEPS}; saved as {place} in \d+\.\d s\n", done.stderr)
+    verify_directory(saved)
+    [command] = re.findall(r"to go on, run: ticktune (train .*)\n", done.stderr)
+    assert command == f"train {work.recipe} output=runs/{name}"
+    done = launch(*shlex.split(command), cwd=work.folder)
+    assert done.returncode == 0, done.stderr
+    assert f"going on after step {step} of {STEPS}" in done.stderr
+    assert result(work.run(name)) == whole
+
+
+@case("C4")
+@pytest.mark.parametrize("point", ["write_adapter", "report_page", "RunFolder.update"])
+def test_a_signal_while_the_result_is_written_comes_when_the_work_is_done(
+    point: str, work: Work, whole: dict[str, Any], name: str
+) -> None:
+    number = 3 if point == "RunFolder.update" else 1  # it begins, it runs, it is complete
+    done = work.train(name, f"TERM@ticktune.session.{point}#{number}")
+    assert done.returncode == 0, done.stderr
+    assert result(work.run(name)) == whole
+    assert "when the work was done" in (ROOT / "docs/exit-codes.md").read_text(encoding="utf-8")
+
+
 # A save
 
 
@@ -140,6 +188,35 @@ def test_of_a_single_checkpoint_one_is_whole_at_every_instant(
 @pytest.mark.parametrize("number", [2, 6, 17, 48, 70, 93, 115, 140])
 def test_a_full_disk_is_said_and_costs_nothing(number: int, work: Work, whole: dict[str, Any], name: str) -> None:
     assert not tried(work, name, whole, f"ENOSPC@space#{number}", code=8)
+
+
+def checkpoint_bytes(run: Path) -> int:
+    """What the values of the newest checkpoint's tensors take."""
+    newest = sorted(run.glob("checkpoints/step-*"))[-1]
+    found = [load_file(newest / f"{name}.safetensors") for name in ("adapter", "optimizer", "best")]
+    return sum(tensor.numel() * tensor.element_size() for file in found for tensor in file.values())
+
+
+@case("C5")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_full_disk_is_said_with_bytes_needed_and_free(number: int, work: Work, name: str) -> None:
+    done = work.train(name, f"ENOSPC@safetensors.torch.save_file#{number}", "free=1234")
+    place = f"runs/{name}/checkpoints/step-00000002"
+    said = f"{place}: the disk is full (No space left on device): {checkpoint_bytes(work.run('whole')):,} bytes needed"
+    refused(done, 8, f"{said}, 1,234 bytes free")
+
+
+@case("C5")
+def test_little_space_is_said_before_training(work: Work, whole: dict[str, Any], name: str) -> None:
+    # AdamW's step counters aside, which the estimate leaves out.
+    steps = len(load_file(work.run("whole") / "adapter/adapter.safetensors")) * 4
+    size = checkpoint_bytes(work.run("whole")) - steps
+    done = work.train(name, f"free={2 * size - 1}", "KILL@ticktune.session.Session._try_longest#1")
+    said = f"warning: runs/{name}: {2 * size - 1:,} bytes free, and two checkpoints take about {2 * size:,}: free some"
+    assert said in done.stderr
+    done = work.train(name, f"free={2 * size}")
+    assert "bytes free" not in done.stderr
+    assert result(work.run(name)) == whole
 
 
 @case("C5")

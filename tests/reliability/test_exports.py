@@ -16,7 +16,7 @@ from tests.launch import launch
 from tests.reliability.catalogue import case
 from tests.reliability.faults import plan
 from tests.reliability.recipes import refused
-from tests.reliability.runs import Work, broken, hashes, leftovers, remade, run_name, small_work
+from tests.reliability.runs import FULL, Work, broken, hashes, leftovers, remade, run_name, small_work
 from ticktune.files import sha256_file, verify_directory
 
 
@@ -81,12 +81,29 @@ def test_killed_while_exporting_the_old_folder_or_the_new_one_is_whole(
     verify_directory(merged)
 
 
+@case("X3")
+def test_what_a_killed_export_leaves_is_beside_its_folder_and_goes_with_the_next_one(
+    work: Work, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    words = ("--merge", "--force", "--dtype", "bfloat16")
+    done = work.export(name, *words, plans=("KILL@ticktune.export.save.cast_model#1",))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    left = leftovers(work.run(name))
+    assert len(left) == 2
+    assert all(path.startswith(".tmp-merged-") for path in left)
+    assert sorted(p.name for p in work.run(name).glob(".tmp-merged-*/*") if p.is_dir()) == ["control", "merged"]
+    assert work.export(name, *words).returncode == 0
+    assert leftovers(work.run(name)) == []
+
+
 @case("X3", "C5")
 @pytest.mark.parametrize("number", [1, 3, 4, 9, 20])
 def test_a_disk_that_is_full_while_exporting_costs_nothing(number: int, work: Work, name: str) -> None:
     before = hashes(work.run(name))
     done = work.export(name, "--merge", "--force", "--dtype", "bfloat16", plans=(f"ENOSPC@space#{number}",))
-    refused(done, 8, "the disk is full (", "MB free)")
+    assert FULL.search(refused(done, 8))
     assert hashes(work.run(name)) == before
     assert not leftovers(work.run(name))
 
@@ -256,7 +273,7 @@ def test_an_export_says_its_step_and_its_figures_are_those_of_eval(work: Work, n
             assert f"| {metric} | {value:.4f} |" in card
 
 
-@case("X7")
+@case("X1", "X7")
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_weights_are_tied_after_merging(tied: bool, tmp_path: Path) -> None:
     from safetensors import safe_open

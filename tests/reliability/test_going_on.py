@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ from tests.reliability.golden import FOLDER, SAVED
 from tests.reliability.golden import STEPS as LAST
 from tests.reliability.recipes import refused
 from tests.reliability.runs import Work, again, broken, hashes, leftovers, remade, result, run_name, small_work, tried
+from ticktune.files import sha256_file
 
 NEWEST = "checkpoints/step-00000006"
+PAIRS = 5
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +243,24 @@ def test_one_of_two_processes_works_and_the_other_is_refused(work: Work, name: s
     assert "already complete" in work.train(name, words=words).stderr
 
 
+@case("C8")
+def test_of_two_processes_at_once_one_goes_on_as_if_it_were_alone(work: Work, whole: dict[str, Any], name: str) -> None:
+    seconds = []
+    for _ in range(PAIRS):
+        work.remove(name)
+        work.copy("stopped", name)  # its lock names a process that is dead
+        with work.training(name) as one, work.training(name) as other:
+            done, late = one.completed(), other.completed()
+            if done.returncode != 0:
+                one, other, done, late = other, one, late, done
+            assert done.returncode == 0, done.stderr + late.stderr
+            named = f"another process is working in this directory (pid {one.pid} on {socket.gethostname()} since 2"
+            refused(late, 7, named)
+            seconds.append(other.seconds)
+        assert result(work.run(name)) == whole
+    assert sorted(seconds)[PAIRS // 2] < 2
+
+
 @case("C9")
 def test_a_file_system_that_cannot_lock_is_refused(work: Work, name: str) -> None:
     before = hashes(work.run(name))
@@ -265,11 +286,26 @@ def test_files_of_others_stay(work: Work, whole: dict[str, Any], name: str) -> N
     assert hashes(run) == before
 
 
+@case("C13")
+def test_a_refused_run_leaves_no_folder_behind(work: Work) -> None:
+    words = ("data.train=nothing.jsonl",)
+    refused(work.train("new/deeper", words=words), 4, "nothing.jsonl")
+    assert not work.run("new").exists()
+    work.run("new").mkdir()
+    refused(work.train("new/deeper", words=words), 4, "nothing.jsonl")
+    refused(work.train("new", words=words), 4, "nothing.jsonl")
+    assert list(work.run("new").iterdir()) == []  # it was there before
+
+
 @case("C12")
 def test_a_finished_run_is_left_as_it_is(work: Work) -> None:
+    run = work.run("whole")
+
     def state() -> dict[str, Any]:
-        files = [p for p in work.run("whole").rglob("*") if p.is_file() and p.name != ".lock"]
-        return {str(p): p.stat().st_mtime_ns for p in files} | hashes(work.run("whole"))
+        paths = [run, *run.rglob("*")]
+        return {str(p): (p.stat().st_mtime_ns, p.stat().st_ino, p.is_file() and sha256_file(p)) for p in paths}
+
+    assert (run / ".lock").is_file()
 
     before = state()
     done = work.train("whole")

@@ -148,7 +148,7 @@ def _load(directory: Path, rows: Rows) -> Encoded | None:
 
 def _save(directory: Path, encoded: Encoded) -> None:
     try:
-        with new_directory(directory, replace=True) as temporary:
+        with new_directory(directory, replace=True, needed=encoded.dataset.data.nbytes) as temporary:
             encoded.dataset.save_to_disk(temporary / "examples")
             write_json(temporary / "report.json", asdict(encoded.report))
     except ResourceError as error:

@@ -1,16 +1,15 @@
 """Rows and examples in memory up to a limit, and beyond it in a file without a name that is mapped into memory."""
 
-import errno
 import mmap
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ticktune.errors import ResourceError
+from ticktune.files import FULL, full_disk
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,8 +21,6 @@ LIMIT = 32 * 1024 * 1024
 PART_ROWS = 4096
 PART_BYTES = 1024 * 1024
 """A part is full with so many rows or bytes: few enough to be Python objects, enough to be worth a record batch."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Place(NamedTuple):
@@ -131,7 +128,7 @@ class Store:
             while data:
                 data = data[self._file.write(data) :]
         except OSError as error:
-            raise _refused(error, folder) from error
+            raise _refused(error, folder, place.size) from error
         self._end += place.size
         return place
 
@@ -220,10 +217,10 @@ def _read(data: "pyarrow.Buffer") -> "pyarrow.Table":
     return pyarrow.ipc.open_stream(data).read_all()
 
 
-def _refused(error: OSError, folder: Path) -> ResourceError:
+def _refused(error: OSError, folder: Path, needed: int) -> ResourceError:
     message = f"cannot write here: {error.strerror}"
-    if error.errno in _FULL:
-        message = f"the disk is full ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
+    if error.errno in FULL:
+        message = full_disk(error.errno, folder, needed)
     return ResourceError(
         message,
         where=str(folder),

@@ -1,7 +1,6 @@
 """``ticktune.merge``: merging for people who train with a loop of their own."""
 
 import copy
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ticktune.errors import ExportError, first_line
-from ticktune.export.save import cast_model, express_as_llama, not_exact_in, refuse_not_finite
+from ticktune.export.save import cast_model, express_as_llama, not_exact_in, refuse_not_finite, room_for
 from ticktune.export.stock_forward import main_tensor, tensors_of
 from ticktune.export.verify import Verification, compare_outputs, stock_outputs
 from ticktune.export.widen import check_pad_to, put_head, widen
-from ticktune.files import new_directory
+from ticktune.files import new_directory, temporary_beside
 from ticktune.patch.attach import (
     adapter_state,
     attach_plan,
@@ -81,8 +80,9 @@ def merge(
     stock = _in_dtype(stock, work)
     _stock_class(stock)
     put_head(stock, plan, tensors)
-    with tempfile.TemporaryDirectory(prefix="ticktune-") as name, new_directory(Path(directory)) as temporary:
-        control = Path(name) / "control"
+    place, needed = Path(directory), room_for(stock, tensors, dtype)
+    with temporary_beside(place, needed) as aside, new_directory(place, needed=needed) as temporary:
+        control = aside / "control"
         if express == "llama":
             stock = express_as_llama(stock)
         stock_class = _stock_class(stock)
@@ -98,17 +98,17 @@ def merge(
         base = _outputs(detach(stock), batches)
         exact = not_exact_in(stock, dtype) - set(plan.head)
         widen(stock, plan, tensors, pad_to=pad_to)
-        final = temporary if dtype == work else Path(name) / "merged"
+        final = temporary if dtype == work else aside / "merged"
         stock.save_pretrained(final)
         in_work = str(work).removeprefix("torch.")
         reloaded, merged = stock_outputs(
-            [(control, stock_class, in_work), (final, stock_class, in_work)], batches, same_ties=True
+            [(control, stock_class, in_work), (final, stock_class, in_work)], batches, same_ties=True, folder=aside
         )
         found = compare_outputs(ours, merged, base, reloaded, _argmax).with_ticks(ran)
         if dtype != work:
             cast_model(stock, dtype, exact)
             stock.save_pretrained(temporary)
-            [cast] = stock_outputs([(temporary, stock_class, "auto")], batches)
+            [cast] = stock_outputs([(temporary, stock_class, "auto")], batches, folder=aside)
             if not all(torch.isfinite(main_tensor(outputs)).all() for outputs in cast):
                 raise ExportError(f"the merged model's logits are not finite in {dtype}")
         if tokenizer is not None:

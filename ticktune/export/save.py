@@ -1,7 +1,6 @@
 """Writes a merged folder: widened, verified, cast, and only then put in its place."""
 
 import math
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +16,10 @@ from ticktune.export.express import as_llama, probe
 from ticktune.export.stock_forward import tensors_of
 from ticktune.export.verify import TOLERANCE, Decide, Verification, compare, distance, stock_logits
 from ticktune.export.widen import Widening, put_head, widen
-from ticktune.files import new_directory, read_json, verify_directory, write_json, write_text
+from ticktune.files import new_directory, read_json, temporary_beside, verify_directory, write_json, write_text
 from ticktune.patch.attach import Plan
 from ticktune.report.card import merged_card
+from ticktune.weights import tensor_bytes
 
 FACTS = "ticktune.json"
 
@@ -100,11 +100,12 @@ def write_merged(
     plan = Plan(**facts.plan)
     auto_class = facts.model_class or type(model).__name__
     refuse_not_finite(tensors)
+    needed = room_for(model, tensors, DTYPES[dtype])
     with (
-        tempfile.TemporaryDirectory(prefix="ticktune-") as name,
-        new_directory(target, replace=replace) as temporary,
+        temporary_beside(target, needed) as aside,
+        new_directory(target, replace=replace, needed=needed) as temporary,
     ):
-        control, whole = Path(name) / "control", Path(name) / "merged"
+        control, whole = aside / "control", aside / "merged"
         put_head(model, plan, tensors)
         if express == "llama":
             model = express_as_llama(model)
@@ -119,6 +120,7 @@ def write_merged(
             evidence.batches,
             logits=evidence.logits,
             same_ties=True,
+            folder=aside,
         )
         poll()
         found = compare(evidence.ours, merged, evidence.base, reloaded, evidence.masks, evidence.decide)
@@ -127,7 +129,9 @@ def write_merged(
         if dtype != work:
             cast_model(model, DTYPES[dtype], exact)
             _save(model, temporary)
-            [cast_logits] = stock_logits([(temporary, auto_class, "auto")], evidence.batches, logits=evidence.logits)
+            [cast_logits] = stock_logits(
+                [(temporary, auto_class, "auto")], evidence.batches, logits=evidence.logits, folder=aside
+            )
             cast = _cast_drift(evidence, merged, cast_logits, dtype)
         if processor is not None:
             processor.save_pretrained(temporary)
@@ -279,6 +283,20 @@ def cast_model(model: nn.Module, dtype: torch.dtype, exact: Collection[str]) -> 
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         getattr(owner, leaf).data = tensor
+
+
+def room_for(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    """About how many bytes merging takes on the disk: copies before and after, and that in another dtype.
+
+    Args:
+        model: The stock base, in the dtype of the work.
+        tensors: The adapter's.
+        dtype: Of the merged folder.
+    """
+    before = tensor_bytes({name: p for name, p in model.named_parameters() if p.is_floating_point()})
+    work = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    after = before + sum(t.numel() for t in tensors.values()) * work.itemsize
+    return before + after + (0 if dtype == work else after * dtype.itemsize // work.itemsize)
 
 
 def refuse_not_finite(tensors: dict[str, Tensor]) -> None:

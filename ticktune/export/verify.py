@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ticktune.errors import ExportError
+from ticktune.errors import ExportError, ResourceError
 from ticktune.export.stock_forward import main_tensor
+from ticktune.files import FULL, full_disk
 
 TOLERANCE = 1e-5
 _PROOF = 1000  # the ticks' effect must be so many times the tolerance, else equality proves nothing
@@ -90,17 +92,22 @@ def stock_logits(
     *,
     logits: Callable[[Mapping[str, Tensor]], Tensor] = main_tensor,
     same_ties: bool = False,
+    folder: Path | None = None,
 ) -> list[list[Tensor]]:
     """Runs stock transformers as :func:`stock_outputs` does; returns for each model the logits of each batch.
 
     Args as there; ``logits`` makes one tensor of a model's outputs.
     """
-    found = stock_outputs(models, batches, same_ties=same_ties)
+    found = stock_outputs(models, batches, same_ties=same_ties, folder=folder)
     return [[logits(outputs) for outputs in model] for model in found]
 
 
 def stock_outputs(
-    models: Sequence[tuple[Path, str, str]], batches: Sequence[dict[str, Tensor]], *, same_ties: bool = False
+    models: Sequence[tuple[Path, str, str]],
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    same_ties: bool = False,
+    folder: Path | None = None,
 ) -> list[list[dict[str, Tensor]]]:
     """Runs stock transformers in a fresh process.
 
@@ -108,17 +115,19 @@ def stock_outputs(
         models: (folder, auto class, dtype name or ``auto``) of each model.
         batches: Keyword arguments of each forward pass.
         same_ties: Whether all must tie the same weights as the first, the control.
+        folder: Where inputs and outputs are put meanwhile; None: the system's folder for temporary files.
 
     Returns:
         For each model the floating-point outputs of each batch.
 
     Raises:
+        ResourceError: The disk is full.
         ExportError: A folder does not load, or not exactly: a tensor is missing, unexpected or misshaped, or
             other weights are tied than in the first.
     """
     from safetensors.torch import load_file, save_file
 
-    with tempfile.TemporaryDirectory(prefix="ticktune-") as name:
+    with tempfile.TemporaryDirectory(prefix="ticktune-", dir=folder) as name:
         directory = Path(name)
         inputs = {f"{i}.{k}": v.cpu().contiguous().clone() for i, batch in enumerate(batches) for k, v in batch.items()}
         save_file(inputs, directory / "inputs.safetensors")
@@ -148,6 +157,9 @@ def stock_outputs(
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0 or len(lines) != len(models):
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            full = next((number for number in FULL if os.strerror(number) in last), None)
+            if full is not None:
+                raise ResourceError(full_disk(full, directory), where=str(directory.parent))
             raise ExportError(f"stock transformers cannot load and run the merged folder: {last}")
         found = [json.loads(line) for line in lines]
         for (folder, _, _), said in zip(models, found, strict=True):

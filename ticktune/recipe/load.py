@@ -4,6 +4,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable
@@ -99,11 +100,18 @@ class LoadedRecipe:
         recipe: All values, defaults filled in.
         path: The recipe file.
         tree: Places of the values, for later messages.
+        overrides: Those of the command line.
     """
 
     recipe: Recipe
     path: Path
     tree: Tree
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command that trains it, for a shell."""
+        return shlex.join(["ticktune", "train", str(self.path), *self.overrides])
 
     def where(self, key: str) -> str:
         """``file:line:column key`` of a dotted key."""
@@ -137,6 +145,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     Raises:
         RecipeError: With every problem found, sorted by line.
     """
+    overrides = tuple(overrides)
     tree = parse_yaml(_read(path), str(path))
     problems = tree.problems + _apply_overrides(tree, overrides)
     if not isinstance(tree.values, dict):
@@ -155,7 +164,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     problems += check(values, recipe, tree.where)
     if problems or recipe is None:
         raise RecipeError(sorted(dict.fromkeys(problems), key=_line_of))
-    return LoadedRecipe(recipe, path, tree)
+    return LoadedRecipe(recipe, path, tree, overrides)
 
 
 def dump_recipe(recipe: Recipe) -> str:
