@@ -9,6 +9,7 @@ import pytest
 
 import tests.models as models
 from tests.end_to_end.support import classification
+from tests.reliability.catalogue import case
 from ticktune.cli import entry
 
 TEXT = {"train": "train.txt", "validation": "validation.txt", "max_length": 16}
@@ -69,6 +70,7 @@ def _same_score(capsys: pytest.CaptureFixture[str]) -> None:
     assert merged["metrics"]["perplexity"] == pytest.approx(ours["metrics"]["perplexity"], rel=1e-5)
 
 
+@case("X1")
 def test_a_family_without_a_row_is_trained_and_merged(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = _recipe(work, _save(work, "stablelm"))
     assert entry(["train", str(recipe)]) == 0
@@ -81,6 +83,7 @@ def test_a_family_without_a_row_is_trained_and_merged(work: Path, capsys: pytest
     _same_score(capsys)
 
 
+@case("X1")
 def test_plain_ticks_on_a_mistral_merge_as_a_llama(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = _recipe(work, _save(work, "mistral"), "{dim: 4, form: plain}")
     assert entry(["train", str(recipe)]) == 0
@@ -101,6 +104,7 @@ def test_plain_ticks_on_a_mistral_merge_as_a_llama(work: Path, capsys: pytest.Ca
     assert "--force" in capsys.readouterr().err
 
 
+@case("X1")
 @pytest.mark.parametrize("experts", ["each", "block"])
 def test_experts_are_ticked_and_merged(work: Path, capsys: pytest.CaptureFixture[str], experts: str) -> None:
     recipe = _recipe(work, _save(work, "mixtral"), f"{{dim: 8, experts: {experts}}}")
@@ -112,6 +116,7 @@ def test_experts_are_ticked_and_merged(work: Path, capsys: pytest.CaptureFixture
     _same_score(capsys)
 
 
+@case("X1")
 @pytest.mark.parametrize("unshare", [False, True])
 def test_layers_that_share_a_block_share_a_tick_or_not(
     work: Path, capsys: pytest.CaptureFixture[str], unshare: bool
@@ -237,6 +242,7 @@ def test_inspect_shows_tables_to_a_person(
         assert text in shown
 
 
+@case("X1")
 @pytest.mark.parametrize("family", ["stablelm", "mixtral"])
 def test_a_base_in_float64_is_merged_without_rounding(
     work: Path, capsys: pytest.CaptureFixture[str], family: str

@@ -9,6 +9,7 @@ from torch import nn
 
 import tests.models as models
 import ticktune
+from tests.reliability.catalogue import case
 from ticktune.errors import ExportError
 from ticktune.export import library
 from ticktune.export.verify import compare_outputs
@@ -16,6 +17,7 @@ from ticktune.patch.attach import adapter_state, attachment_of
 from ticktune.patch.detect import find_layout
 
 
+@case("X1")
 def test_a_model_of_sound_merges_without_given_inputs(tmp_path: Path) -> None:
     from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
@@ -113,6 +115,7 @@ SEVERAL_INPUTS = {
 }
 
 
+@case("X1")
 @pytest.mark.parametrize("name", list(SEVERAL_INPUTS))
 def test_a_model_of_several_inputs_merges_without_given_ones_and_all_its_towers_run(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -238,6 +241,7 @@ def test_the_dtype_is_the_bases_also_where_nothing_is_frozen(tmp_path: Path) -> 
     assert t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
 
 
+@case("X1")
 @pytest.mark.parametrize("family", ["bert", "mixtral"])
 def test_a_base_in_float64_is_not_rounded(family: str, tmp_path: Path) -> None:
     import transformers as t

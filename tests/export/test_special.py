@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tests.models as models
+from tests.reliability.catalogue import case
 from ticktune.errors import ExportError, PatchError
 from ticktune.export.express import as_llama
 from ticktune.export.save import express_as_llama
@@ -73,6 +74,7 @@ def _merged(
 # Biases that the config can switch on
 
 
+@case("X1")
 @pytest.mark.parametrize("family", ["llama", "smollm3", "granite", "modernbert"])
 def test_plain_ticks_bring_the_biases_that_the_config_can_have(family: str) -> None:
     model, _ = _merged(family, layers=[1], form="plain")
@@ -84,6 +86,7 @@ def test_plain_ticks_bring_the_biases_that_the_config_can_have(family: str) -> N
         assert not bias[:-DIM].any()
 
 
+@case("X1")
 @pytest.mark.parametrize(("family", "field"), [("falcon", "bias"), ("starcoder2", "use_bias")])
 def test_plain_blocks_without_biases_get_them_for_r(family: str, field: str) -> None:
     model, _ = _merged(family)
@@ -104,6 +107,7 @@ def _llama_like(family: str, **changes: Any) -> nn.Module:
     return build(type(models.table()[family].config)(**config)).eval()
 
 
+@case("X1")
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -159,6 +163,7 @@ def test_as_llama_is_checked_by_numbers(monkeypatch: pytest.MonkeyPatch) -> None
         express_as_llama(model)
 
 
+@case("X1")
 @pytest.mark.parametrize(
     ("family", "head"),
     [
@@ -289,6 +294,7 @@ def test_ticks_of_experts_follow_the_routing() -> None:
     assert float((whole - base).abs().max()) > 0.1
 
 
+@case("X1")
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_one_tick_beside_the_experts_is_the_same_tick_in_each(family: str) -> None:
     # The routers compute in float32, so their weights sum to one up to its rounding.
