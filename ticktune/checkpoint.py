@@ -32,6 +32,7 @@ class Progress:
         seconds: Time spent training, over all starts.
         rows: Rows that were trained on.
         history: Every evaluation: {"step": …, "split": …, "metrics": {…}}.
+        unlogged: Lines that a full disk kept out of the log; they are written when the run goes on.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class Progress:
     seconds: float = 0.0
     rows: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    unlogged: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save_checkpoint(

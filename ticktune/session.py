@@ -3,7 +3,7 @@
 import heapq
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,11 @@ class Session:
             self.progress, self.best = checkpoint.restore_checkpoint(newest, self.model, self.optimizer, self.scaler)
             self.console.note(f"{self.run.path}: going on after step {self.progress.step} of {self.plan.total}")
         self.run.trim_metrics(self.progress.step, {entry["step"] for entry in self.progress.history})
+        logged, unlogged = self.run.metrics(), self.progress.unlogged
+        self.progress.unlogged = []
+        for entry in unlogged:
+            if entry not in logged:
+                self._log(entry)
         try:
             with self._memory_named():
                 self._warn_little_space()
@@ -434,7 +439,17 @@ class Session:
             }
             if self.scaler.is_enabled():
                 entry |= {"scale": report.scale, "skipped": progress.skipped}
+            self._log(entry)
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        """Writes a line of the log; if the disk is full, the state is saved first, for which there may be room."""
+        try:
             append_line(self.run.metrics_path, entry)
+        except ResourceError:
+            self.progress.unlogged.append(entry)
+            with suppress(ResourceError):  # then the checkpoint before stands, and the log's error is the one to say
+                self._save()
+            raise
 
     def _show(self, bar: Any, report: StepReport, first: int, started: float) -> None:
         done = report.step - first
@@ -455,13 +470,13 @@ class Session:
         )
         entry = {"step": progress.step, "split": "validation", "metrics": metrics}
         progress.history.append(entry)
-        append_line(self.run.metrics_path, entry)
         value = metrics[self.metric]
         if is_better(value, progress.best_score, self.more_is_better):
             progress.best_score, progress.best_step, progress.bad_evaluations = value, progress.step, 0
             self.best = {key: tensor.cpu().clone() for key, tensor in adapter_state(self.model).items()}
         else:
             progress.bad_evaluations += 1
+        self._log(entry)
         shown = "  ".join(f"{name} {figure(number)}" for name, number in metrics.items())
         say = bar.note if bar else self.console.note
         say(f"step {progress.step}: validation {shown}")

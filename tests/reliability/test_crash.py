@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.launch import launch
 from tests.reliability.catalogue import ROOT, case
 from tests.reliability.recipes import refused
-from tests.reliability.runs import STEPS, Work, again, judged, result, run_name, small_work, tried
+from tests.reliability.runs import STEPS, Work, again, broken, judged, result, run_name, small_work, tried
 from ticktune.files import verify_directory
 
 
@@ -188,6 +188,21 @@ def test_of_a_single_checkpoint_one_is_whole_at_every_instant(
 @pytest.mark.parametrize("number", [2, 6, 17, 48, 70, 93, 115, 140])
 def test_a_full_disk_is_said_and_costs_nothing(number: int, work: Work, whole: dict[str, Any], name: str) -> None:
     assert not tried(work, name, whole, f"ENOSPC@space#{number}", code=8)
+
+
+@case("C5")
+@pytest.mark.parametrize(("line", "step"), [(1, 0), (9, 7), (11, 8)])  # step 0 and 8: of an evaluation
+def test_a_full_disk_under_the_log_ends_no_run_before_a_save_was_tried(
+    line: int, step: int, work: Work, whole: dict[str, Any], name: str
+) -> None:
+    calls = [call.split("\t") for call in (work.folder / "trace").read_text().splitlines()]
+    calls = [call for call in calls if call[1:3] != ["mkdir", str(work.folder / "runs")]]  # it is there now
+    opened = [n for n, call in enumerate(calls, start=1) if call[1] == "open" and call[2].endswith("/metrics.jsonl")]
+    done = work.train(name, f"ENOSPC@disk#{opened[2 * line - 2]}")  # each time seen twice: open, and its opener
+    refused(done, 8, f"runs/{name}/metrics.jsonl: the disk is full")
+    assert (work.run(name) / f"checkpoints/step-{step:08d}").is_dir()
+    assert not broken(work.run(name))
+    assert not again(work, name, whole)
 
 
 def checkpoint_bytes(run: Path) -> int:
