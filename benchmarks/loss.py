@@ -9,6 +9,7 @@ backward, in batches as they come, of about one length, and packed. Writes bench
 """
 
 import argparse
+import ctypes
 import functools
 import os
 import statistics
@@ -121,6 +122,7 @@ def one_pass(model: nn.Module, loss: LossOf, batch: Batch, compute: Compute) -> 
 
 def most_held(run: Callable[[], Any]) -> int:
     """By how many bytes a call raises the most memory that this process holds at once (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # give back what the allocator kept of earlier passes, which would not count
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
     before = held("VmRSS")
     run()
@@ -153,19 +155,28 @@ def measure_loss(repeats: int) -> Iterator[dict[str, Any]]:
                 for _ in range(repeats):
                     for way in WAYS:
                         seconds[way].append(one_pass(model, losses[way], batch, compute))
-                held_bytes: dict[str, list[float]] = {way: [] for way in WAYS}
-                for _ in range(MEMORY_REPEATS):
-                    for way in WAYS:
-                        bound = functools.partial(one_pass, model, losses[way], batch, compute)
-                        held_bytes[way].append(most_held(bound))
                 yield {
                     "model": name,
                     "batch": f"{size.rows} × {size.length}",
                     "precision": precision,
                     "learned": label,
                     "cpu_seconds": {way: spread(seconds[way]) for way in WAYS},
-                    "peak_bytes": {way: spread(held_bytes[way]) for way in WAYS},
                 }
+
+
+def measure_memory() -> Iterator[dict[str, Any]]:
+    """The most memory of a pass, in the order of :func:`measure_loss`."""
+    for name, size in SHAPES.items():
+        for precision in size.precisions:
+            compute = choose_compute("cpu", precision)
+            model = build(name)
+            for share in LEARNED.values():
+                batch = batch_of(model, size.rows, size.length, share)
+                passes = {
+                    way: functools.partial(one_pass, model, loss_of(way, model, compute), batch, compute)
+                    for way in WAYS
+                }
+                yield {way: spread([most_held(passes[way]) for _ in range(MEMORY_REPEATS)]) for way in WAYS}
 
 
 def batches_of(layout: str, task: Any, examples: Encoded) -> Iterator[Batch]:
@@ -247,9 +258,9 @@ def table(document: dict[str, Any]) -> str:
         "| model, batch | precision | learned | CPU seconds, all logits | without | memory, all logits | without |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in document["loss"]:
-        seconds, held = row["cpu_seconds"], row["peak_bytes"]
-        cells = [_figure(seconds[way], 1, 2) for way in WAYS] + [_figure(held[way], 1e-6, 0, " MB") for way in WAYS]
+    for row, peak in zip(document["loss"], document["peak_bytes"], strict=True):
+        seconds = row["cpu_seconds"]
+        cells = [_figure(seconds[way], 1, 2) for way in WAYS] + [_figure(peak[way], 1e-6, 0, " MB") for way in WAYS]
         lines.append(
             f"| {row['model']}, {row['batch']} | {row['precision']} | {row['learned']} | {' | '.join(cells)} |"
         )
@@ -272,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--part", choices=("all", "loss", "layouts"), default="all")
+    parser.add_argument("--part", choices=("all", "loss", "memory", "layouts"), default="all")
     parser.add_argument("--docs", action="store_true", help="only write the tables into docs/performance.md")
     arguments = parser.parse_args()
     if arguments.docs:
@@ -292,6 +303,9 @@ def main() -> None:
     }
     if arguments.part in ("all", "loss"):
         document["loss"] = list(measure_loss(arguments.repeats))
+        write_json(arguments.output, document)
+    if arguments.part in ("all", "memory"):
+        document["peak_bytes"] = list(measure_memory())
         write_json(arguments.output, document)
     if arguments.part in ("all", "layouts"):
         with tempfile.TemporaryDirectory() as folder:

@@ -342,7 +342,7 @@ class Session:
         """Computes what is kept of the frozen lower layers, anew in each stretch."""
         if self.cache is None:
             return
-        started, size = time.monotonic(), max(32, self.micro_batch_size)
+        started, size = time.monotonic(), self.evaluation_batch
         count = len(self.cache.prefix.layers)
         self._work = f"computing the lowest {count} layers of the longest rows, {size} at once"
         kind = self.recipe.training.prefix_cache

@@ -440,5 +440,7 @@ def test_a_generator_learns_to_name_tones_and_merges(ticktune: Run, tmp_path: Pa
         json.loads(done.stdout)
     ours = ticktune("predict", "run", "test.jsonl", cwd=tmp_path)
     merged = ticktune("predict", "run/merged", "16.wav", "17.wav", cwd=tmp_path)
-    assert merged.stdout.splitlines() == ours.stdout.splitlines()[:2]
     assert merged.returncode == 0, merged.stderr
+    same = [json.loads(line) for line in ours.stdout.splitlines()[:2]]
+    named = [{"audio": name, **answer} for name, answer in zip(("16.wav", "17.wav"), same, strict=True)]
+    assert [json.loads(line) for line in merged.stdout.splitlines()] == named
