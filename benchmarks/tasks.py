@@ -71,7 +71,7 @@ ENTRIES: dict[str, Entry] = {
     "pairs": Entry(cases.pairs, "STS-B, 800 short pairs", "MiniLM-L6", MINILM),
     "digits": Entry(cases.digits, "MNIST, 2,000 pictures", "ViT, 0.1M, of digits 0 to 4", SMALL),
     "scenes": Entry(cases.scenes, "COCO, 100 pictures", "SegFormer, 0.2M, of digits 0 to 4", SMALL),
-    "objects": Entry(cases.objects, "2,000 composed scenes of digits 5 to 9", "DETR, 0.3M, of digits 0 to 4", SMALL),
+    "objects": Entry(cases.objects, "1,400 composed scenes of digits 5 to 7", "DETR, 0.3M, of digits 0 to 4", SMALL),
     "spoken": Entry(cases.spoken, "FSDD, 240 recordings", "wav2vec 2.0, 0.5M, of digits 0 to 4", SMALL),
     "transcripts": Entry(cases.transcripts, "FSDD, 240 recordings", "wav2vec 2.0, 0.5M, of digits 0 to 4", SMALL),
 }

@@ -1,20 +1,32 @@
 """Whether one model is better than another on the same rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 DRAWS = 10_000
+Array = np.ndarray[Any, Any]
 
 
-def interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """How much better the second is: mean difference of the rows' scores, and its paired bootstrap 95 % interval.
+def mean(means: Array) -> Array:
+    """The mean of scores, one a row."""
+    return means[..., 0]
+
+
+def interval(
+    first: Sequence[Any], second: Sequence[Any], measure: Callable[[Array], Array] = mean
+) -> tuple[float, float, float]:
+    """How much better the second model is, and the paired bootstrap 95 % interval of that.
 
     Args:
-        first: Score of each row.
+        first: Of each row its score, or several numbers, such as hits and misses.
         second: The other model's, on the same rows.
+        measure: The rows' mean numbers, (..., numbers), to what is compared, (...,); of scores, their mean.
     """
-    difference = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(difference), (DRAWS, len(difference)))
-    low, high = np.percentile(difference[draws].mean(axis=1), [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+    scores = [np.asarray(rows, dtype=float).reshape(len(rows), -1) for rows in (first, second)]
+    count = len(first)
+    drawn = np.random.default_rng(0).integers(0, count, (DRAWS, count))
+    shares = np.stack([np.bincount(rows, minlength=count) for rows in drawn]) / count
+    low, high = np.percentile(measure(shares @ scores[1]) - measure(shares @ scores[0]), [2.5, 97.5])
+    return float(measure(scores[1].mean(0)) - measure(scores[0].mean(0))), float(low), float(high)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tests.real_data import pretrain
+from tests.real_data.bootstrap import Array, mean
 
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
@@ -36,6 +37,7 @@ class Case:
             stands for it.
         rows: Test rows.
         score: Of one answer to one row; more is better.
+        measure: What is made of the scores of all rows, where that is not their mean: see ``bootstrap.interval``.
     """
 
     recipe: str
@@ -43,7 +45,8 @@ class Case:
     rates: dict[str, float]
     head_lr: float | None
     rows: list[Row]
-    score: Callable[[Row, Row], float]
+    score: Callable[[Row, Row], Any]
+    measure: Callable[[Array], Array] = mean
 
     @property
     def path(self) -> Path:
@@ -58,7 +61,7 @@ class Case:
         """The words of a run of the head alone."""
         return [*self.words, f"optimizer.head_lr={self.head_lr}", "ticks.dim=0", "norms.train=none"]
 
-    def scores(self, answers: Sequence[Row]) -> list[float]:
+    def scores(self, answers: Sequence[Row]) -> list[Any]:
         """The score of each row's answer."""
         return [self.score(answer, row) for answer, row in zip(answers, self.rows, strict=True)]
 
@@ -365,16 +368,19 @@ def scenes(data: Path, folder: Path) -> Case:
     for number, values in enumerate(classes.values()):
         table[values] = number
 
-    def mean_iou(answer: Row, row: Row) -> float:
+    def counts(answer: Row, row: Row) -> Array:
+        """Of each class the pixels that are it in both, in the truth, and in the answer."""
         truth, found = table[np.asarray(Image.open(row["mask"]))], classes_of_runs(answer)
-        known = truth >= 0
-        shares = []
-        for kind in np.unique(truth[known]):
-            of_both = ((found == kind) & (truth == kind)).sum()
-            shares.append(of_both / ((known & (found == kind)) | (truth == kind)).sum())
-        return float(np.mean(shares)) if shares else 0.0
+        kinds = np.arange(len(classes))[:, None]
+        of_truth, of_answer = (pixels[truth >= 0] == kinds for pixels in (truth, found))
+        return np.array([(of_truth & of_answer).sum(1), of_truth.sum(1), of_answer.sum(1)]).ravel()
 
-    return Case("scenes", words, {"lr": 2e-3, "norm_lr": 1e-2, "head_lr": 1.5e-2}, 1.5e-2, rows, mean_iou)
+    def mean_iou(means: Array) -> Array:
+        both, of_truth, of_answer = np.split(means, 3, axis=-1)
+        union = of_truth + of_answer - both
+        return np.nanmean(np.where(union > 0, both / np.maximum(union, 1e-9), np.nan), axis=-1)
+
+    return Case("scenes", words, {"lr": 2e-3, "norm_lr": 1e-2, "head_lr": 1.5e-2}, 1.5e-2, rows, counts, mean_iou)
 
 
 def objects(data: Path, folder: Path) -> Case:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.conftest import Run
 from tests.real_data.bootstrap import interval
 from tests.real_data.cases import Case, Row, write_rows
@@ -66,7 +68,7 @@ def _stock_server() -> "subprocess.Popen[str]":
 def better_than_the_head(case: Case, ticktune: Run, folder: Path) -> list[Row]:
     """Trains ours, and the head alone on the same rows; ours must be better on the test rows, whose answers it returns.
 
-    That is: the 95 % interval of the rows' mean gain, by a paired bootstrap, excludes 0.
+    That is: the 95 % interval of the gain, by a paired bootstrap over the rows, excludes 0.
     """
     rows = case.file(folder)
     ours, alone = case.ours(), case.alone()
@@ -80,7 +82,7 @@ def better_than_the_head(case: Case, ticktune: Run, folder: Path) -> list[Row]:
 def assert_better(case: Case, before: Sequence[Row], after: Sequence[Row]) -> None:
     """The second answers are better than the first ones, by more than chance."""
     first, second = case.scores(before), case.scores(after)
-    gain, low, high = interval(first, second)
-    means = [sum(scores) / len(scores) for scores in (first, second)]
+    gain, low, high = interval(first, second, case.measure)
+    means = [float(case.measure(np.reshape(scores, (len(scores), -1)).mean(0))) for scores in (first, second)]
     sys.stderr.write(f"{case.recipe}: {means[0]:.3f} -> {means[1]:.3f}, {gain:+.3f} [{low:.3f}, {high:.3f}]\n")
     assert low > 0, (case.recipe, means, gain, low, high)
