@@ -319,3 +319,50 @@ def test_another_use_of_the_units_keeps_its_gradient() -> None:
         assert block.gate.weight.grad is not None
         found.append(block.gate.weight.grad.clone())
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("place", ["beside up", "beside gate", "hook on up", "hook on down", "hook on a norm"])
+def test_what_others_put_on_a_block_gets_its_gradient(place: str) -> None:
+    """A LoRA that is zero at first, or a hook that scales by one, changes no value but has a gradient."""
+    found = []
+    plain = models.families()["llama"]()
+    batch = models.inputs(plain)
+    for fast, model in ((False, plain), (True, copy.deepcopy(plain))):
+        block, norm = model.model.layers[1].mlp, model.model.layers[1].post_attention_layernorm
+        size = norm.weight.numel() if place == "hook on a norm" else block.up_proj.out_features
+        added = nn.Parameter(torch.ones(size))
+        if place == "hook on down":
+            block.down_proj.register_forward_pre_hook(lambda m, args, added=added: (args[0] * added,))
+        if place == "hook on a norm":
+            norm.register_forward_hook(lambda m, args, output, added=added: output * added)
+        attach(model, 4, fast=fast)
+        if place == "hook on up":
+            block.up_proj.register_forward_hook(lambda m, args, output, added=added: output * added)
+        for name in ("up", "gate") if place.startswith("beside") else ():
+            if place.endswith(name):
+                setattr(block, f"{name}_proj", _Beside(getattr(block, f"{name}_proj"), added))
+        models.result(model(**batch)).square().mean().backward()
+        assert added.grad is not None
+        found.append([added.grad, *(p.grad for _, _, p in adapter_parameters(model))])
+    for expected, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+class _Beside(nn.Module):
+    """A projection with something beside it, as PEFT wraps one."""
+
+    def __init__(self, inner: nn.Module, scale: nn.Parameter) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x.sum(-1, keepdim=True) * (self.scale - 1)  # type: ignore[no-any-return]
+
+
+def test_backward_hooks_of_others_run() -> None:
+    model = attach(models.families()["llama"](), 4)
+    calls: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_full_backward_hook(lambda *args: calls.append(1))
+    models.result(model(**models.inputs(model))).sum().backward()
+    assert len(calls) == len(model.model.layers)

@@ -10,7 +10,7 @@ Ticks themselves have autograd's backward pass: see docs/performance.md for what
 Legend of shapes: ``h`` hidden size, ``f`` the block's width, ``...`` any leading dimensions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 _TANH_GELUS = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation")
 # and others.
 _IN_STEPS = (*_TANH_GELUS, "QuickGELUActivation", "ReLUSquaredActivation", "LaplaceActivation")
+
+_MOST_NODES = 64  # that an activation in steps and a product leave behind
 
 
 def slope_of(act: Act) -> Slope:
@@ -63,6 +65,32 @@ def slope_of(act: Act) -> Slope:
 def is_in_steps(act: Act) -> bool:
     """Whether autograd keeps more of an activation than its input."""
     return type(act).__name__ in _IN_STEPS
+
+
+def nodes_between(value: Tensor, ends: Sequence[Tensor]) -> tuple[str, ...] | None:
+    """Names of what autograd recorded of a value behind some tensors.
+
+    Returns:
+        None where the value depends on anything else that has a gradient, on a function of others (such as that of a
+        backward hook), or on more than 64 nodes.
+    """
+    stops = {end.grad_fn for end in ends}
+    names, seen, todo = list[str](), set[Any](), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen or node in stops:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of a node that collects a leaf's gradient
+        if variable is not None:
+            if any(variable is end for end in ends):
+                continue
+            return None
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or len(names) == _MOST_NODES:
+            return None
+        names.append(node.name())
+        todo += [parent for parent, _ in node.next_functions]
+    return tuple(names)
 
 
 def can_replace() -> bool:
@@ -196,7 +224,8 @@ class LeanUnits:
 
     The block runs as it is written. Then a function of ours takes the place of what autograd recorded between the
     projections, and that record is freed with all it kept. Whether the units are what the function stands for,
-    σ(gate x) ⊙ up x, is compared at the first call.
+    σ(gate x) ⊙ up x, is compared at the first call, and again where the record is another one. Where others have put
+    something with a gradient between the projections (a LoRA beside one, a hook), the record stays.
 
     Args:
         act: σ.
@@ -209,7 +238,7 @@ class LeanUnits:
         self._act, self._dropout, self._fused = (act,), dropout, fused
         self._gate: Tensor | None = None
         self._up: Tensor | None = None
-        self._is_checked = False
+        self._checked = set[tuple[str, ...]]()  # records whose values were compared
 
     def attach(self, up: nn.Module, down: nn.Module, gate: nn.Module | None) -> list[Any]:
         """Hooks a block; returns the handles that undo it, none where autograd keeps no more than it must."""
@@ -217,7 +246,7 @@ class LeanUnits:
         if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
             return []
         if gate is None and self._fused is None:
-            if not (is_in_steps(act) and isinstance(act, nn.Module)):
+            if not (is_in_steps(act) and isinstance(act, nn.Module)) or act._forward_hooks:
                 return []
             return [act.register_forward_hook(self._after_act)]
         handles = [up.register_forward_hook(self._take_up), down.register_forward_pre_hook(self._before_down)]
@@ -239,10 +268,14 @@ class LeanUnits:
         gate, up, self._gate, self._up = self._gate, self._up, None, None
         if up is None or not args[0].requires_grad or not can_replace() or drop_probability(self._dropout):
             return None
+        nodes = nodes_between(args[0], [up] if gate is None else [gate, up])
+        if nodes is None:
+            return None
         act, value = self._act[0], args[0].detach()
         slope = slope_of(act)
-        if not self._is_checked:
+        if nodes not in self._checked:
             self._check(gate, up, value)
+            self._checked.add(nodes)
         if gate is not None:
             units = Gated.apply(gate, up, value, act, slope)
         else:
@@ -261,4 +294,3 @@ class LeanUnits:
                 "a feed-forward block of this model computes more than down(act(gate x) * up x)",
                 fix="set training.fast: false, in Python attach(..., fast=False)",
             )
-        self._is_checked = True

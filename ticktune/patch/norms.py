@@ -25,6 +25,7 @@ def train_norm(norm: nn.Module, *, fast: bool = False) -> list[Any]:
     Returns:
         The hook handles that undo the cast of its output.
     """
+    has_hooks = bool(norm._forward_hooks)
     frozen = norm.get_parameter(own_parameters(norm)[0]).dtype
     for name in own_parameters(norm):
         stored = norm.get_parameter(name)
@@ -32,7 +33,7 @@ def train_norm(norm: nn.Module, *, fast: bool = False) -> list[Any]:
     return [
         norm.register_forward_pre_hook(_as_the_kernel_needs),
         norm.register_forward_hook(partial(_in_frozen_dtype, frozen)),
-        *(lean_norm(norm) if fast else ()),
+        *(_lean(norm) if fast and not has_hooks else ()),
     ]
 
 
@@ -40,8 +41,12 @@ def lean_norm(norm: nn.Module) -> list[Any]:
     """Gives a norm without mean a backward pass that needs its input alone, trained or not.
 
     Returns:
-        The hook handles that undo it; none where the norm is another one.
+        The hook handles that undo it; none where the norm is another one, or a hook of others may change its output.
     """
+    return [] if norm._forward_hooks else _lean(norm)
+
+
+def _lean(norm: nn.Module) -> list[Any]:
     form = rms_form(norm)
     return [] if form is None else [norm.register_forward_hook(partial(_with_lean_backward, *form))]
 
