@@ -342,14 +342,19 @@ class Session:
         """Computes what is kept of the frozen lower layers, anew in each stretch."""
         if self.cache is None:
             return
-        started, size = time.monotonic(), self.evaluation_batch
+        # Where a batch is so many tokens, a micro-batch is not so many rows.
+        training = self.recipe.training
+        started, size = time.monotonic(), max(32, training.micro_batch_size or training.batch_size or 0)
         count = len(self.cache.prefix.layers)
-        self._work = f"computing the lowest {count} layers of the longest rows, {size} at once"
-        kind = self.recipe.training.prefix_cache
+        layers = "layer" if count == 1 else f"{count} layers"
+        self._work = f"computing the lowest {layers} of the longest rows, {size} at once"
+        kind = training.prefix_cache
         self.cache.fill(kind, size, self.signals.poll)  # type: ignore[arg-type]  # it is not off
         seconds = time.monotonic() - started
         rows = len(self.prepared.examples["train"])
-        self.console.note(f"the lowest {count} layers are computed for {rows:,} rows, once: {seconds:.1f} s")
+        self.console.note(
+            f"the lowest {layers} {'is' if count == 1 else 'are'} computed for {rows:,} rows, once: {seconds:.1f} s"
+        )
 
     @contextmanager
     def _around(self, batch: Batch) -> Iterator[None]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import pytest
@@ -18,6 +19,8 @@ from ticktune.errors import PatchError, ResourceError
 from ticktune.evaluate import score
 from ticktune.patch.attach import adapter_parameters, attach, set_training
 from ticktune.patch.standins import find_prefix
+from ticktune.recipe.schema import Training
+from ticktune.session import Session
 from ticktune.train.prefix import NUMBERS, PrefixCache
 
 # Single stacks of every kind: norms behind and before, joined projections, experts, windows, absolute and rotary
@@ -359,3 +362,17 @@ def test_filling_leaves_the_random_state_as_it_was(tiny_bert: Path) -> None:
     _cache(work)
     assert torch.equal(torch.random.get_rng_state(), before)
     set_training(work.model, False)
+
+
+def test_with_batches_of_tokens_it_is_not_filled_with_all_rows_at_once() -> None:
+    sizes: list[int] = []
+    session: Any = SimpleNamespace(
+        cache=SimpleNamespace(prefix=SimpleNamespace(layers=[None]), fill=lambda kind, size, poll: sizes.append(size)),
+        recipe=SimpleNamespace(training=Training(batch_size=None, batch_tokens=512, prefix_cache="memory")),
+        micro_batch_size=5000,
+        prepared=SimpleNamespace(examples={"train": range(5000)}),
+        signals=SimpleNamespace(poll=None),
+        console=SimpleNamespace(note=lambda text: None),
+    )
+    Session._fill_cache(session)
+    assert sizes == [32]

@@ -121,7 +121,8 @@ def attach(
         unshare: Where layers share one block (ALBERT), give each its own copy and its own tick.
         seed: Seed of the ticks' initial values.
         layout: Where its blocks and norms are; None: :func:`~ticktune.patch.detect.find_layout` finds them.
-        fast: Use backward passes of our own (:mod:`ticktune.patch.fast`) where they can be; False: autograd's.
+        fast: Use backward passes of our own (:mod:`ticktune.patch.fast`) where they can be; False: autograd's, which
+            a second derivative (``create_graph``) and forward-mode derivatives need.
 
     Returns:
         The same model.
