@@ -65,7 +65,7 @@ ENTRIES: dict[str, Entry] = {
     "arithmetic": Entry(cases.arithmetic, "320 made questions", "stories260K", SMALL),
     "domain": Entry(cases.domain, "tiny Shakespeare, 4,800 windows", "BERT, 0.7M, of captions", SMALL),
     "similarity": Entry(cases.similarity, "STS-B, 800 pairs", "MiniLM-L6", MINILM),
-    "clicks": Entry(cases.clicks, "MovieLens, 720 candidates", "MiniLM-L6", MINILM),
+    "clicks": Entry(cases.clicks, "MovieLens, 640 candidates", "MiniLM-L6", MINILM),
     "items": Entry(cases.next_item, "MovieLens, rows of 366 people", "Llama, 0.2M, of 61 other people", SMALL),
     "genres": Entry(cases.genres, "MovieLens, 1,000 films", "MiniLM-L6", MINILM),
     "pairs": Entry(cases.pairs, "STS-B, 800 short pairs", "MiniLM-L6", MINILM),

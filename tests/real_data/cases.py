@@ -265,9 +265,9 @@ def clicks(data: Path, folder: Path) -> Case:
     words = [data / "ml_latest_small", folder, "--history", "1", "--limit", "4800"]
     script = [sys.executable, str(ROOT / "scripts/recommendation_rows.py"), *map(str, words)]
     subprocess.run(script, check=True, capture_output=True)
-    train = random.Random(0).sample(read_rows(folder / "train.jsonl"), 720)
+    train = random.Random(0).sample(read_rows(folder / "train.jsonl"), 640)
     changes = [f"data.train={write_rows(folder / 'few.jsonl', train)}"]
-    rows = random.Random(0).sample(read_rows(folder / "test.jsonl"), 320)
+    rows = random.Random(0).sample(read_rows(folder / "test.jsonl"), 240)
     changes += [f"data.validation={folder}/validation.jsonl", f"data.test={write_rows(folder / 'asked.jsonl', rows)}"]
     changes += ["data.max_length=64", "training={epochs: 1, batch_size: 8}"]
     rates = {"lr": 4e-4, "norm_lr": 1e-3, "head_lr": 8e-3}

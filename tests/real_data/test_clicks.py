@@ -27,7 +27,7 @@ def test_what_somebody_likes_is_told_better_than_by_the_head_alone(
 ) -> None:
     case = cases.clicks(data_folder, tmp_path)
     ours = better_than_the_head(case, ticktune, tmp_path)
-    theirs = stock(CLASSIFY, merged(ticktune, case, "ours", tmp_path), lines=case.rows[:100])
+    theirs = stock(CLASSIFY, merged(ticktune, case, "ours", tmp_path), lines=case.rows[:50])
     for found, answer in zip(theirs, ours, strict=False):
         assert {one["label"]: one["score"] for one in found} == pytest.approx(answer["probabilities"], abs=1e-4)
 
