@@ -433,7 +433,9 @@ def main() -> None:
     tables = "\n\n".join(f"### {found['title']}\n\n{table(found)}" for found in document["cases"].values())
     sys.stdout.write(tables + "\n")
     if arguments.docs:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- speed -->\n")
+        before, mark, rest = PAGE.read_text(encoding="utf-8").partition("<!-- speed -->\n")
+        if not mark:
+            raise SystemExit(f"{PAGE} has no place for the tables: <!-- speed --> and <!-- end of speed -->")
         after = rest.partition("<!-- end of speed -->")[2]
         PAGE.write_text(f"{before}<!-- speed -->\n{tables}\n<!-- end of speed -->{after}", encoding="utf-8")
 
