@@ -361,13 +361,9 @@ def load_target(
         "--precision" if precision else "training.precision",
     )
     compute = choose_compute(device or trained[0], precision or trained[1], named=named)
-    facts = facts_of(target)
-    if facts.task is None or facts.model_class is None:
-        raise UsageError(
-            "the adapter was saved without a task, so there is nothing to evaluate it by",
-            where=str(target.path),
-            fix="use ticktune.load_adapter in Python",
-        )
+    facts = facts_with_task(target)
+    assert facts.task is not None
+    assert facts.model_class is not None
     if target.kind == "merged":
         files = BaseFiles(str(target.path), target.path)
         held = dtype or training_dtype("auto", files, "fp32", compute.device.type)
@@ -416,6 +412,23 @@ def facts_of(target: Target) -> AdapterFacts:
     path = target.path / MERGED_FACTS
     document = read_json(path)
     return parse_facts(document.get("adapter") if isinstance(document, dict) else None, str(path))
+
+
+def facts_with_task(target: Target) -> AdapterFacts:
+    """As :func:`facts_of`, of an adapter that a recipe trained.
+
+    Raises:
+        CheckpointError: As there.
+        UsageError: The adapter was saved in Python, and knows no task.
+    """
+    facts = facts_of(target)
+    if facts.task is None or facts.model_class is None:
+        raise UsageError(
+            "the adapter was saved without a task, so there is nothing to evaluate it by",
+            where=str(target.path),
+            fix="use ticktune.load_adapter in Python",
+        )
+    return facts
 
 
 def base_of(facts: AdapterFacts, loaded: LoadedRecipe | None, override: str | None) -> BaseFiles:

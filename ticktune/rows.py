@@ -18,7 +18,7 @@ from ticktune.evaluate import compute_metrics, logits_of
 from ticktune.export.save import Evidence, drift_of
 from ticktune.folder import Target
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, load_adapter_state, watched_ticks
-from ticktune.prepare import Loaded, encode, facts_of, load_target, read_file, read_splits, usable_rows
+from ticktune.prepare import Loaded, encode, facts_of, facts_with_task, load_target, read_file, read_splits, usable_rows
 from ticktune.registry import TASKS
 from ticktune.tasks.task import Batch
 
@@ -46,7 +46,7 @@ def evaluation_rows(
         DataError: The rows cannot be used.
     """
     if data is not None:
-        return read_file(data, facts_of(target), labelled=True), data.name
+        return read_file(data, facts_with_task(target), labelled=True), data.name
     loaded = target.recipe()
     fix = "add --data FILE"
     if loaded is None:

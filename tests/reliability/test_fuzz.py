@@ -147,6 +147,21 @@ def test_numbers_that_an_adapter_cannot_mean_are_refused(stage: Stage, section: 
     assert answer.code == 6, answer
 
 
+def test_an_adapter_without_a_task_is_answered(stage: Stage) -> None:
+    folder = "runs/tiny/adapter"
+    facts, manifest = (json.loads(stage.read(f"{folder}/{name}.json")) for name in ("adapter", "manifest"))
+    data = json.dumps(facts | {"task": None}).encode()
+    manifest["files"]["adapter.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    files: dict[str, bytes | None] = {
+        f"{folder}/adapter.json": data,
+        f"{folder}/manifest.json": json.dumps(manifest).encode(),
+    }
+    for words in (["eval", folder, "--data", "few.jsonl"], ["eval", folder], ["predict", folder, "w1"]):
+        answer = stage.answer(Input("adapter", words, files))
+        assert answer.code == 2, answer
+    assert stage.answer(Input("adapter", ["export", folder, "--data", "few.jsonl", "--merge"], files)).code == 2
+
+
 @SETTINGS
 @given(values=st.dictionaries(st.sampled_from(_all_keys()), VALUES, min_size=1, max_size=4))
 def test_any_value_of_any_key_is_answered(stage: Stage, values: dict[str, Any]) -> None:
