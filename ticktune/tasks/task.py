@@ -175,8 +175,11 @@ class Task(ABC):
 
         Args:
             rows: The examples of each row.
+
+        Raises:
+            UsageError: Examples of this task cannot share rows; recipes are refused before.
         """
-        raise NotImplementedError
+        raise UsageError(f"examples of {self.name} cannot share rows", where="training.packing", fix="remove it")
 
     def rows(self, batch: Batch) -> int:
         """The number of examples in a batch."""
