@@ -15,8 +15,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from benchmarks.counting import saved_bytes
 from ticktune.device import Compute, Precision, describe
 from ticktune.files import write_json
 from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.wide import Wide
 from ticktune.recipe.schema import Optimizer
 from ticktune.train.groups import build_optimizer
 from ticktune.train.steps import train_steps
@@ -43,10 +46,10 @@ SHAPES: dict[str, tuple[Any, int, int]] = {
         transformers.BertConfig(
             hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12, **IDS
         ),
-        24,
+        60,
         12,
     ),
-    "BERT-base (768/3072, 12 layers)": (transformers.BertConfig(**IDS), 4, 0),
+    "BERT-base (768/3072, 12 layers)": (transformers.BertConfig(**IDS), 10, 0),
     "GPT-2 of that size (384/1536, 6 layers)": (
         transformers.GPT2Config(n_embd=384, n_layer=6, n_head=6, resid_pdrop=0.1, **IDS),
         12,
@@ -65,18 +68,42 @@ SHAPES: dict[str, tuple[Any, int, int]] = {
         0,
     ),
 }  # fmt: skip
-# Form -> (units of a tick, training.fast); None: all weights are trained.
-FORMS: dict[str, tuple[int, bool] | None] = {
-    "norms only": (0, True),
-    "ticks + norms": (DIM, True),
-    "norms only, fast: false": (0, False),
-    "ticks + norms, fast: false": (DIM, False),
+
+
+class Form(NamedTuple):
+    """What is trained, and how.
+
+    Args:
+        dim: Units of a tick.
+        fast: As ``training.fast``.
+        wide: Whether ticks are computed as ``training.ffn: wide`` does.
+    """
+
+    dim: int
+    fast: bool = True
+    wide: bool = False
+
+    def attached(self, model: nn.Module, **options: Any) -> nn.Module:
+        """The model with ticks and trained norms."""
+        return attach(model, self.dim, fast=self.fast, **options)
+
+
+# None: all weights are trained.
+FORMS: dict[str, Form | None] = {
+    "norms only": Form(0),
+    "ticks + norms": Form(DIM),
+    "ticks + norms, ffn: wide": Form(DIM, wide=True),
+    "norms only, fast: false": Form(0, fast=False),
+    "ticks + norms, fast: false": Form(DIM, fast=False),
     "full fine-tuning": None,
 }
 
 
 class _Classes:
     """A task for the training loop: rows of random tokens, one class each."""
+
+    def rows(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["labels"])
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         return float(len(batch["labels"]))
@@ -96,8 +123,7 @@ def build(config: Any, form: str, precision: Precision) -> tuple[nn.Module, list
     if chosen is None:  # weights that are trained stay float32, and autocast multiplies in bfloat16
         return model, [(name, "Q" if p.ndim > 1 else "r", p) for name, p in model.named_parameters()]
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    dim, fast = chosen
-    attach(model, dim, fast=fast)
+    chosen.attached(model)
     return model, list(adapter_parameters(model))
 
 
@@ -111,7 +137,8 @@ def steps(config: Any, form: str, precision: Precision) -> Iterator[Any]:
             ids = torch.randint(3, config.vocab_size, (ROWS, LENGTH), generator=generator)
             yield [{"input_ids": ids, "labels": torch.randint(0, LABELS, (ROWS,), generator=generator)}]
 
-    compute = Compute(torch.device("cpu"), precision)
+    compute, chosen = Compute(torch.device("cpu"), precision), FORMS[form]
+    wide = Wide(model, compute.dtype) if chosen is not None and chosen.wide else None
     return train_steps(
         model,
         [(name, p) for name, _, p in named],
@@ -123,6 +150,7 @@ def steps(config: Any, form: str, precision: Precision) -> Iterator[Any]:
         lr_factor=lambda step: 1.0,
         clip=1.0,
         seed=1,
+        around=lambda batch: nullcontext() if wide is None else wide.running(),
     )
 
 
@@ -167,11 +195,8 @@ def timed(config: Any, precision: Precision, rounds: int) -> dict[str, Any]:
 def kept(config: Any, peft: bool) -> dict[str, float]:
     """Bytes that one more layer keeps for each token, without dropout, in units of a hidden state in bfloat16."""
     forms: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "norms only": lambda model: attach(model, 0, head=False),
-        "ticks + norms": lambda model: attach(model, DIM, head=False),
-        "norms only, fast: false": lambda model: attach(model, 0, head=False, fast=False),
-        "ticks + norms, fast: false": lambda model: attach(model, DIM, head=False, fast=False),
-        "full fine-tuning": lambda model: model,
+        name: (lambda model: model) if form is None else partial(form.attached, head=False)
+        for name, form in FORMS.items()
     }
     if peft:
         from peft import LoraConfig, get_peft_model
@@ -188,7 +213,17 @@ def kept(config: Any, peft: bool) -> dict[str, float]:
         own = type(config)(**{**config.to_diff_dict(), "num_hidden_layers": layers, **_no_dropout(config)})
         model = forms[form](transformers.AutoModel.from_config(own).to(torch.bfloat16)).train()
         ids = torch.randint(3, config.vocab_size, (rows, 64))
-        return saved_bytes(model, lambda: model(input_ids=ids).last_hidden_state)
+        chosen = FORMS.get(form)
+        wide = Wide(model) if chosen is not None and chosen.wide else None
+
+        def states() -> Tensor:
+            with nullcontext() if wide is None else wide.running():
+                found: Tensor = model(input_ids=ids).last_hidden_state
+            return found
+
+        states()  # wide weights take the place of the base's, and are no more than those
+
+        return saved_bytes(model, states)
 
     unit = 2 * config.hidden_size * 2 * 64  # two rows more
     more = {f: {n: bytes_of(f, n, 4) - bytes_of(f, n, 2) for n in (1, 2)} for f in forms}
@@ -203,38 +238,6 @@ def _is_ffn(name: str, module: nn.Module) -> bool:
 
 def _no_dropout(config: Any) -> dict[str, float]:
     return {name: 0.0 for name in vars(config) if name.endswith(("dropout", "dropout_prob", "pdrop"))}
-
-
-def products(hidden: int, width: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """One product with the block's weight and the tick's side by side, beside two products."""
-    tokens = ROWS * LENGTH
-    x, y = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, hidden, dtype=dtype)
-    up, down = torch.randn(width, hidden, dtype=dtype), torch.randn(hidden, width, dtype=dtype)
-    Q, P = torch.randn(DIM, hidden, dtype=dtype), torch.randn(hidden, DIM, dtype=dtype)
-    units, tick = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens, DIM, dtype=dtype)
-    wide_up, wide_down, wide = torch.cat([up, Q]), torch.cat([down, P], 1), torch.cat([units, tick], 1)
-
-    def split() -> None:
-        F.linear(x, up)
-        F.linear(x, Q)
-        F.linear(units, down).addmm_(tick, P.t())
-        y @ down
-        y @ P
-        (units @ up).addmm_(tick, Q)
-
-    def one() -> None:
-        F.linear(x, wide_up)
-        F.linear(wide, wide_down)
-        y @ wide_down
-        wide @ wide_up
-
-    def base() -> None:
-        F.linear(x, up)
-        F.linear(units, down)
-        y @ down
-        units @ up
-
-    return compared(turns({"without a tick": base, "split": split, "wide": one}, rounds), "without a tick")
 
 
 def section(document: dict[str, Any]) -> str:
@@ -266,18 +269,6 @@ def section(document: dict[str, Any]) -> str:
     ]
     for shape, entry in document["shapes"].items():
         lines += [f"| {shape} | {form} | {units:.1f} |" for form, units in entry["kept_per_layer"].items()]
-    lines += [
-        "",
-        "One product with the base's weight and the tick's side by side, beside two products; how much longer the four",
-        "products of a block take than without a tick:",
-        "",
-        "| shape | precision | two products | one |",
-        "|---|---|---|---|",
-    ]
-    for shape, entry in document["shapes"].items():
-        for precision, forms in entry.get("products", {}).items():
-            two, one = (f"{forms[name]['more_percent']:+.1f} %" for name in ("split", "wide"))
-            lines.append(f"| {shape} | {precision} | {two} | {one} |")
     return "\n".join(lines)
 
 
@@ -321,12 +312,6 @@ def main() -> None:
         for precision, count in rounds.items():
             if count:
                 entry[precision] = timed(config, precision, count)
-        if name.startswith(("MiniLM", "BERT")):
-            sizes = config.hidden_size, config.intermediate_size
-            entry["products"] = {
-                "bf16": products(*sizes, torch.bfloat16, 40),
-                "fp32": products(*sizes, torch.float32, 20),
-            }
         document["shapes"][name] = entry
         write_json(arguments.output, document)
     sys.stdout.write(json.dumps(document["shapes"], indent=1) + "\n")

@@ -38,11 +38,16 @@ class Compute:
     device: torch.device
     precision: Precision
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What matrix products are computed in; None: the dtype of what is multiplied."""
+        return _AUTOCAST.get(self.precision)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The context for forward passes."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
         """A gradient scaler, active under fp16 only."""

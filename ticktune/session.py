@@ -3,7 +3,7 @@
 import heapq
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
-from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
+from ticktune.patch.standins import Around, Checkpointed, Compiled, layers_of, places_of, standing_in
+from ticktune.patch.wide import Wide
 from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Training
@@ -39,6 +40,7 @@ from ticktune.report.card import adapter_card
 from ticktune.report.page import report_page
 from ticktune.signals import Signals, StopAsked
 from ticktune.tasks.task import Batch, Task
+from ticktune.train.form import Trial, timed, wide_obstacle
 from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
@@ -162,6 +164,44 @@ def build_prefix_cache(prepared: Prepared, model: nn.Module) -> PrefixCache | No
         ) from error
 
 
+def build_wide(prepared: Prepared, model: nn.Module, console: Console) -> Wide | None:
+    """Proves that the ticks can be computed in the products of their blocks; None where the recipe does not ask for it.
+
+    Args:
+        prepared: Recipe, task and examples.
+        model: With ticks.
+        console: Where to print.
+
+    Raises:
+        RecipeError: They cannot, and no other form is allowed.
+    """
+    training, compute = prepared.loaded.recipe.training, prepared.compute
+    if training.ffn == "split":
+        return None
+    try:
+        wide = Wide(model, compute.dtype)
+        obstacle = wide_obstacle(model, wide, prepared.task, compute.put(_shortest(prepared)), compute)
+    except PatchError as error:
+        [problem] = error.problems
+        obstacle = problem.message
+    where = prepared.loaded.where("training.ffn")
+    if obstacle is None:
+        if wide.obstacles:
+            console.note(f"training.ffn: {wide.blocks} ticks can be wide, others not: {'; '.join(wide.obstacles)}")
+        return wide
+    if training.ffn == "wide":
+        raise RecipeError(f"ticks cannot be wide: {obstacle}", where=where, fix="set training.ffn: split")
+    console.note(f"training.ffn: the split form is used, as {obstacle}")
+    return None
+
+
+def _shortest(prepared: Prepared) -> Batch:
+    """A few rows to prove something on."""
+    examples = prepared.examples["train"]
+    numbers = heapq.nsmallest(_PROOF_ROWS, range(len(examples)), key=examples.lengths.__getitem__)
+    return prepared.task.collate(examples.take(numbers), seed=prepared.loaded.recipe.training.seed)
+
+
 class Session:
     """Drives the loop: when to log, evaluate, save and stop.
 
@@ -172,6 +212,7 @@ class Session:
         console: Where to print.
         signals: Polled between steps and in evaluations.
         cache: Keeps the result of the frozen lower layers, from :func:`build_prefix_cache`; None: none does.
+        wide: The wide form of the ticks, from :func:`build_wide`; None: they have the split form.
     """
 
     def __init__(
@@ -182,6 +223,7 @@ class Session:
         console: Console,
         signals: Signals,
         cache: PrefixCache | None = None,
+        wide: Wide | None = None,
     ) -> None:
         self.prepared, self.model, self.run, self.console, self.signals = (
             prepared,
@@ -207,6 +249,9 @@ class Session:
         self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, rows or 0)
         self.loss_of = plain_loss(prepared.task)
         self.cache = cache
+        self._wide = wide
+        self._form: Around = nullcontext  # what ticks of the chosen form run in,
+        self._again: Around = nullcontext  # and what they do when a layer is computed again
         self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
         self._places = places_of(model, self._layers)
         self._stand_ins = self._built_stand_ins()
@@ -220,7 +265,7 @@ class Session:
         if training.compile:
             found = {layer: Compiled(layer) for layer in self._layers}
         if training.gradient_checkpointing:
-            found = {layer: Checkpointed(inner) for layer, inner in found.items()}
+            found = {layer: Checkpointed(inner, lambda: self._again()) for layer, inner in found.items()}
         return found
 
     def go(self) -> None:
@@ -246,6 +291,7 @@ class Session:
             with self._memory_named():
                 self._warn_little_space()
                 self.run.update(status="running", loss=self._choose_loss(goes_on=newest is not None))
+                self._choose_form(goes_on=newest is not None)
                 # What is compiled depends on the rows that come first: they are the same in every stretch.
                 if newest is None or self.recipe.training.compile:
                     self._try_longest()
@@ -282,19 +328,63 @@ class Session:
             return before
         if not self.recipe.training.fast:
             return _PLAIN
-        examples, task = self.prepared.examples["train"], self.prepared.task
+        task = self.prepared.task
         if type(task).targets is Task.targets:
             return f"{_PLAIN}: it is not that of a language-model head"
         self._work = "trying the shortest rows"
-        shortest = heapq.nsmallest(_PROOF_ROWS, range(len(examples)), key=examples.lengths.__getitem__)
-        batch = self._collate(shortest, self.recipe.training.seed)
-        head = find_head(self.model, task, self.compute.put(batch), self.compute)
+        head = find_head(self.model, task, self.compute.put(_shortest(self.prepared)), self.compute)
         if isinstance(head, Head):
             self.loss_of = head_loss(task, head)
             return _CHUNKED
         if goes_on:
             self.console.warn(f"the run goes on with all logits, as {head}: the result need not be bitwise the same")
         return f"{_PLAIN}: {head}"
+
+    def _choose_form(self, *, goes_on: bool) -> None:
+        """Takes the form of the ticks that the recipe or a trial names; a run goes on as it began."""
+        before = self.progress.ffn if goes_on else self.run.record().get("ffn")
+        if before is None and self._wide is not None and self.recipe.training.ffn == "auto":
+            self._work = "trying both forms of the ticks"
+            trial = self._tried(self._wide)
+            before = trial.choice
+            self.run.update(ffn_trial=asdict(trial))
+            self.console.note(
+                f"training.ffn: {before}; a step took {trial.split:.3g} s in split form, {trial.wide:.3g} s in wide"
+            )
+        wanted = before or ("split" if self._wide is None else "wide")
+        if wanted == "wide" and self._wide is None:
+            self.console.warn("the run goes on with ticks in split form: the result need not be bitwise the same")
+            wanted = "split"
+        self.progress.ffn = wanted
+        self._use(self._wide if wanted == "wide" else None)
+        self.run.update(ffn=wanted)
+
+    def _use(self, wide: Wide | None) -> None:
+        """Computes the ticks in wide form from now on; None: in split form."""
+        self._form, self._again = (nullcontext, nullcontext) if wide is None else (wide.running, wide.again)
+
+    def _tried(self, wide: Wide) -> Trial:
+        """Times a micro-batch of middle length in both forms."""
+        lengths, batches = self.prepared.examples["train"].lengths, self.plan.epochs.batches(0)
+        middle = sorted(batches, key=lambda numbers: max(lengths[n] for n in numbers))[len(batches) // 2]
+        batch = self._collate(next(iter(micro_batches(middle, self.micro_batch_size))), self.recipe.training.seed)
+
+        def step(form: Wide | None) -> None:
+            self.signals.poll()
+            self._use(form)
+            try_step(
+                self.model,
+                self.prepared.task,
+                batch,
+                self.optimizer,
+                self.scaler,
+                self.compute,
+                base_dropout=self.recipe.base.dropout == "keep",
+                loss_of=self.loss_of,
+                around=self._around,
+            )
+
+        return timed(lambda: step(None), lambda: step(wide), self.compute.device)
 
     def _try_longest(self) -> None:
         """Tries a micro-batch of the longest rows, so that a lack of memory shows before anything is computed."""
@@ -335,7 +425,8 @@ class Session:
 
     @contextmanager
     def _measured(self, batch: Batch) -> Iterator[None]:
-        with measured(self.model, self._layers) as self._activations:
+        # The form inside: in the places of its projections the model hides the weights, which are no activations.
+        with measured(self.model, self._layers, lambda: self._again()) as self._activations, self._form():
             yield
 
     def _fill_cache(self) -> None:
@@ -360,6 +451,7 @@ class Session:
     def _around(self, batch: Batch) -> Iterator[None]:
         """What stands in the place of layers in a forward pass of training."""
         with ExitStack() as stack:
+            stack.enter_context(self._form())
             stack.enter_context(standing_in(self._places, self._stand_ins))
             if self.cache is not None and NUMBERS in batch:
                 stack.enter_context(self.cache.serving(batch))

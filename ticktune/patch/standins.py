@@ -4,7 +4,7 @@ The model itself is as it was between two passes: names of parameters, hooks and
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ticktune.errors import PatchError, RecipeError, first_line
 from ticktune.patch.attach import attachment_of
+
+Around = Callable[[], AbstractContextManager[Any]]
+"""Gives what a layer runs in."""
 
 BACKEND = "inductor"
 """What layers are compiled by."""
@@ -50,12 +53,22 @@ def without_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[
 
 
 class Checkpointed(StandIn):
-    """Runs its layer without keeping what the backward pass needs, and runs it again when that is needed."""
+    """Runs its layer without keeping what the backward pass needs, and runs it again when that is needed.
+
+    Args:
+        layer: What it stands for.
+        again: Gives what the second run stands in, as the first one did.
+    """
+
+    def __init__(self, layer: nn.Module, again: Around = nullcontext) -> None:
+        super().__init__(layer)
+        self._again = again
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns; dropout draws the same numbers in both runs."""
         values, named = without_cache(args, kwargs)
-        return checkpoint(self._layer[0], *values, use_reentrant=False, **named)
+        contexts = lambda: (nullcontext(), self._again())  # noqa: E731
+        return checkpoint(self._layer[0], *values, use_reentrant=False, context_fn=contexts, **named)
 
 
 class Compiled(StandIn):

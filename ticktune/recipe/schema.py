@@ -388,6 +388,11 @@ class Training(Section):
     gradient_checkpointing: bool = False
     """Keep only the input of each layer for the backward pass and compute the layer again there: less memory, more
     time, the same gradients."""
+    ffn: Literal["split", "wide", "auto"] = "split"
+    """How ticks are computed. split: beside the products of their block, which so has the base's bits. wide: in the
+    same products, as wide as the merged block will be; agrees to rounding. auto: wide where a trial of some seconds
+    before the first step finds it clearly faster, by 2 % or more; run.json has the choice, and two runs need not make
+    the same."""
     compile: bool = False
     """Compile the layers with torch (inductor; on a CPU it needs a C++ compiler): faster steps after half a minute or
     more at the start. Losses differ by rounding."""

@@ -2,14 +2,14 @@
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ticktune.patch.standins import Checkpointed, places_of, standing_in, without_cache
+from ticktune.patch.standins import Around, Checkpointed, places_of, standing_in, without_cache
 
 
 @dataclass
@@ -38,19 +38,20 @@ class Activations:
 
 
 @contextmanager
-def measured(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Activations]:
+def measured(model: nn.Module, layers: Sequence[nn.Module], again: Around = nullcontext) -> Iterator[Activations]:
     """Measures forward passes, whose layers are checkpointed: only one layer is ever held whole.
 
     Args:
         model: It holds the layers.
         layers: Those that are checkpointed.
+        again: As of :class:`~ticktune.patch.standins.Checkpointed`.
 
     Yields:
         What is kept; complete at the end, when the results of the body must still be there.
     """
     weights = [*model.parameters(), *model.buffers()]
     found, all_kept, inputs = Activations(), Kept(weights), set[int]()
-    stand_ins = {layer: _Measured(layer, found, weights, inputs) for layer in layers}
+    stand_ins = {layer: _Measured(layer, again, found, weights, inputs) for layer in layers}
     with standing_in(places_of(model, layers), stand_ins), all_kept:
         yield found
     sizes = all_kept.sizes
@@ -101,8 +102,10 @@ class _Saved:
 class _Measured(Checkpointed):
     """Runs its layer once to see what it keeps, and once more checkpointed."""
 
-    def __init__(self, layer: nn.Module, found: Activations, weights: Sequence[Tensor], inputs: set[int]) -> None:
-        super().__init__(layer)
+    def __init__(
+        self, layer: nn.Module, again: Around, found: Activations, weights: Sequence[Tensor], inputs: set[int]
+    ) -> None:
+        super().__init__(layer, again)
         self._found = found
         self._weights = weights
         self._inputs = inputs
