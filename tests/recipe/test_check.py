@@ -224,6 +224,17 @@ def accepted(folder: Path, text: str) -> Recipe:
                 "remove it",
             ),
         ),
+        *(
+            (
+                HEAD + f"data: {{train: a}}\nticks: {{layers: last:1}}\ntraining: {{{key}: {value}, fast: false}}\n",
+                Problem(
+                    "it is one of the ways that training.fast: false switches off",
+                    f"r.yaml:5:12 training.{key}",
+                    "remove it",
+                ),
+            )
+            for key, value in (("prefix_cache", "memory"), ("ffn", "auto"), ("compile", "true"))
+        ),
         (
             HEAD + 'data: {train: a}\noutput: "a\\nb"\n',
             Problem("the path holds a control character or a name of more than 255 bytes", "r.yaml:4:1 output"),

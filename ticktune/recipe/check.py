@@ -146,8 +146,8 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
             "training.micro_batch_size",
             f"expected at most batch_size = {training.batch_size}, found {training.micro_batch_size}",
         )
-    for key, is_asked in (("packing", training.packing), ("ffn", training.ffn != "split")):
-        if is_asked and not training.fast:
+    for key in ("packing", "prefix_cache", "ffn", "compile"):
+        if getattr(training, key) != type(training).model_fields[key].default and not training.fast:
             wrong(f"training.{key}", "it is one of the ways that training.fast: false switches off", "remove it")
     if recipe.ticks.dim == 0 and recipe.norms.train == "none" and recipe.head.train is False:
         wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
