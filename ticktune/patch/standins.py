@@ -67,8 +67,10 @@ class Checkpointed(StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns; dropout draws the same numbers in both runs."""
         values, named = without_cache(args, kwargs)
-        contexts = lambda: (nullcontext(), self._again())  # noqa: E731
-        return checkpoint(self._layer[0], *values, use_reentrant=False, context_fn=contexts, **named)
+        return checkpoint(self._layer[0], *values, use_reentrant=False, context_fn=self._contexts, **named)
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), self._again()
 
 
 class Compiled(StandIn):
