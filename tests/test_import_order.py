@@ -22,6 +22,7 @@ ORDER = [
     "ticktune.recipe.schema",
     "ticktune.recipe.check",
     "ticktune.recipe.load",
+    "ticktune.tasks.batch",
     "ticktune.tasks.task",
     "ticktune.tasks.classes",
     "ticktune.tasks.text_classification",

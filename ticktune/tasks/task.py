@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from ticktune.errors import UsageError
 from ticktune.recipe.schema import Ratio
 from ticktune.registry import TASKS
-
-Row = dict[str, Any]
-Example = dict[str, Any]
-Batch = dict[str, Any]
+from ticktune.tasks.batch import IGNORED as IGNORED
+from ticktune.tasks.batch import Batch as Batch
+from ticktune.tasks.batch import Example as Example
+from ticktune.tasks.batch import Row as Row
 
 # Ranges that hold for what an adapter recorded too.
 Size = Annotated[int, Field(ge=0, lt=2**31)]
-
-IGNORED = -100
-"""Label of a position that carries no loss, as torch's cross entropy has it."""
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ticktune.patch.attach import Role
-from ticktune.recipe.schema import Optimizer, Schedule
+
+if TYPE_CHECKING:
+    from ticktune.recipe.schema import Optimizer, Schedule
 
 
-def build_optimizer(parameters: Iterable[tuple[str, Role, nn.Parameter]], options: Optimizer) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[tuple[str, Role, nn.Parameter]], options: "Optimizer") -> torch.optim.AdamW:
     """Builds AdamW with one group for each role.
 
     P learns at ``lr * p_lr_ratio`` with weight decay and eps divided by the ratio: under AdamW that is
@@ -53,7 +56,7 @@ def build_optimizer(parameters: Iterable[tuple[str, Role, nn.Parameter]], option
     return torch.optim.AdamW(groups, betas=(options.betas[0], options.betas[1]), fused=True)
 
 
-def lr_factor(step: int, total: int, options: Schedule) -> float:
+def lr_factor(step: int, total: int, options: "Schedule") -> float:
     """The share of the peak learning rate at one update, in closed form.
 
     With W = ceil(warmup * total) warm-up steps: ``(step + 1) / W`` before step W, so that the first update is

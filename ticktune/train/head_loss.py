@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from ticktune.device import Compute
 from ticktune.errors import first_line
-from ticktune.tasks.task import IGNORED, Batch, Task
+from ticktune.tasks.batch import IGNORED, Batch
+
+if TYPE_CHECKING:
+    from ticktune.tasks.task import Task
 
 LossOf = Callable[[nn.Module, Batch], Tensor]
 """The loss of a batch, summed over what the task counts: a float32 scalar."""
@@ -57,12 +60,12 @@ class Head:
         return _shaped(z, self.scale, self.cap)
 
 
-def plain_loss(task: Task) -> LossOf:
+def plain_loss(task: "Task") -> LossOf:
     """The loss by the task's own forward pass and all logits."""
     return lambda model, batch: task.loss(task.forward(model, batch), batch)
 
 
-def head_loss(task: Task, head: Head) -> LossOf:
+def head_loss(task: "Task", head: Head) -> LossOf:
     """The same loss by the hidden states, without the logits.
 
     Args:
@@ -80,7 +83,7 @@ def head_loss(task: Task, head: Head) -> LossOf:
     return loss
 
 
-def find_head(model: nn.Module, task: Task, batch: Batch, compute: Compute) -> Head | str:
+def find_head(model: nn.Module, task: "Task", batch: Batch, compute: Compute) -> Head | str:
     """Proves on a model how its logits come from its output embeddings.
 
     Random states of the batch's shape are put into the embeddings, so large that caps act, and the logits that come out
@@ -117,7 +120,7 @@ def find_head(model: nn.Module, task: Task, batch: Batch, compute: Compute) -> H
 
 
 def _proved(
-    model: nn.Module, task: Task, batch: Batch, linear: nn.Linear, shape: torch.Size, compute: Compute
+    model: nn.Module, task: "Task", batch: Batch, linear: nn.Linear, shape: torch.Size, compute: Compute
 ) -> Head | str:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(*shape, linear.in_features, generator=generator).to(linear.weight.device)
@@ -163,7 +166,7 @@ def _candidates(model: nn.Module, linear: nn.Linear) -> Iterator[Head]:
                 yield Head(linear, scale, cap, bias)
 
 
-def hidden_states(model: nn.Module, task: Task, batch: Batch, head: Head) -> Tensor:
+def hidden_states(model: nn.Module, task: "Task", batch: Batch, head: Head) -> Tensor:
     """What goes into the output embeddings, (batch, seq, hidden); only one position's logits are computed."""
     kept: list[Tensor] = []
 

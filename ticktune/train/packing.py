@@ -1,13 +1,17 @@
 """Whether a model keeps the examples of a packed row apart: proved on two of them, or told why not."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ticktune.device import Compute
 from ticktune.errors import first_line
-from ticktune.tasks.task import Example, Task
+from ticktune.tasks.batch import Example
+
+if TYPE_CHECKING:
+    from ticktune.tasks.task import Task
 
 # Of the logits' root mean square. Rounding is 1e-6 in float32 and 1e-2 in half precision.
 _ALLOWED, _ALLOWED_HALF = 1e-4, 5e-2
@@ -26,7 +30,7 @@ def packed_pair(lengths: Sequence[int], capacity: int) -> tuple[int, int] | None
     return (first, max(fitting, key=lengths.__getitem__)) if fitting else None
 
 
-def packing_obstacle(model: nn.Module, task: Task, pair: Sequence[Example], compute: Compute) -> str | None:
+def packing_obstacle(model: nn.Module, task: "Task", pair: Sequence[Example], compute: Compute) -> str | None:
     """Why a model cannot be trained on packed rows; None: it can.
 
     The logits of the second example in a row with the first must be those that it has alone, and differ from those
@@ -61,7 +65,7 @@ def packing_obstacle(model: nn.Module, task: Task, pair: Sequence[Example], comp
     )
 
 
-def _logits(model: nn.Module, task: Task, examples: Sequence[Example], compute: Compute) -> Tensor:
+def _logits(model: nn.Module, task: "Task", examples: Sequence[Example], compute: Compute) -> Tensor:
     """(tokens, vocabulary), float32 or wider."""
     outputs = task.forward(model, compute.put(task.pack([examples])))
     logits = task.logits(outputs)[0]

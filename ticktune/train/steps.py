@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from ticktune.device import Compute, mix
 from ticktune.errors import NumericsError
 from ticktune.patch.attach import set_training
-from ticktune.tasks.task import Batch, Task
+from ticktune.tasks.batch import Batch
 from ticktune.train.head_loss import LossOf, plain_loss
+
+if TYPE_CHECKING:
+    from ticktune.tasks.task import Task
 
 Around = Callable[[Batch], AbstractContextManager[Any]]
 """What the forward pass of a batch runs in."""
@@ -56,7 +59,7 @@ class StepReport:
 def train_steps(
     model: nn.Module,
     named: Sequence[tuple[str, nn.Parameter]],
-    task: Task,
+    task: "Task",
     batches: Iterable[list[Batch]],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -143,7 +146,7 @@ def train_steps(
 
 def try_step(
     model: nn.Module,
-    task: Task,
+    task: "Task",
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
