@@ -115,3 +115,21 @@ def test_the_compiler_that_the_environment_names_is_the_one(tmp_path: Path, monk
     (tmp_path / "my-compiler").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     check_compiler(torch.device("cpu"), "x")
+
+
+def test_a_layer_with_a_tick_does_not_run_the_graph_of_one_without() -> None:
+    """In one model, and in two of a process: their layers have the same code, and differ by hooks alone."""
+    for layers in ("none", "last:1", "all"):
+        model = attach(models.families()["llama"](), 4, layers, norm_layers="all")
+        ticks = [(key, p) for key, role, p in adapter_parameters(model) if role in ("Q", "U", "P")]
+        for key, parameter in ticks:
+            if key.endswith(".P"):
+                nn.init.normal_(parameter)
+        ids = torch.arange(3, 19).view(2, 8)
+        plain = model(input_ids=ids, use_cache=False).logits
+        found = layers_of(model)
+        with standing_in(places_of(model, found), {layer: Compiled(layer) for layer in found}):
+            compiled = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(compiled, plain)
+        compiled.sum().backward()
+        assert not [key for key, parameter in ticks if parameter.grad is None], layers

@@ -82,6 +82,9 @@ class Compiled(StandIn):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
+        # A tick is two hooks, at which torch does not look by default when it chooses a graph: a layer with a tick
+        # would run the graph of one without, and the tick would not be trained (torch 2.13, torch/_dynamo/config.py).
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         self._run = (torch.compile(layer, dynamic=True, backend=BACKEND),)  # as the layer: no submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
