@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.counting import saved_bytes
+from benchmarks.tokens import Classes
 from ticktune.device import Compute, Precision, describe
 from ticktune.files import write_json
 from ticktune.patch.attach import adapter_parameters, attach
@@ -99,22 +100,6 @@ FORMS: dict[str, Form | None] = {
 }
 
 
-class _Classes:
-    """A task for the training loop: rows of random tokens, one class each."""
-
-    def rows(self, batch: dict[str, Tensor]) -> int:
-        return len(batch["labels"])
-
-    def weight(self, batch: dict[str, Tensor]) -> float:
-        return float(len(batch["labels"]))
-
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
-        return model(input_ids=batch["input_ids"])
-
-    def loss(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(outputs.logits.float(), batch["labels"], reduction="sum")
-
-
 def build(config: Any, form: str, precision: Precision) -> tuple[nn.Module, list[tuple[str, Any, nn.Parameter]]]:
     """A model of a form, as a run would hold it, and what is trained: (name, role, parameter)."""
     torch.manual_seed(0)
@@ -142,7 +127,7 @@ def steps(config: Any, form: str, precision: Precision) -> Iterator[Any]:
     return train_steps(
         model,
         [(name, p) for name, _, p in named],
-        _Classes(),  # type: ignore[arg-type]
+        Classes(),  # type: ignore[arg-type]
         batches(),
         build_optimizer(named, Optimizer()),
         compute.scaler(),
