@@ -111,10 +111,11 @@ def g0(run: Run) -> None:
     small = run.tiny
     run.try_("copy", lambda: gpu_kernels.copies(run.size(1 << 29, 1 << 10), device, effort))
     llama = run.shape("Llama-1B")
-    for tokens in (256,) if small else (16384,):
-        chunks = [32, 128] if small else [256, 512, 1024, 2048, 4096, 8192]
-        sizes = (llama.hidden, llama.vocabulary, tokens, chunks)
-        run.try_("loss by chunks", lambda s=sizes: gpu_kernels.losses(*s, device, effort))
+    tokens, chunks = run.size(16384, 256), [32, 128] if small else [256, 512, 1024, 2048, 4096, 8192]
+    run.try_(
+        "loss by chunks",
+        lambda: gpu_kernels.losses(llama.hidden, llama.vocabulary, tokens, chunks, device, effort),
+    )
     names = ["Llama-1B", "MiniLM-L6"] if small else list(SHAPES)
     counts, dims = ([32], [0, 8]) if small else ([8192, 16384, 4096], [0, 64, 16, 128, 256, 8, 32])
     shapes = {name: run.shape(name) for name in names}
@@ -210,7 +211,7 @@ def g2(run: Run) -> None:
     shape = run.shape("Llama-1B")
     weights, dim = weights_of(shape, run.compute), tick_dim(run)
     longest, tokens = run.size(2048, 32), run.size(16384, 64)
-    compiled = {"layers": "compiled"}
+    compiled: Any = {"layers": "compiled"}
     best = Way(lora(everywhere=False, best=True), "packed", loss="model", autocast=False)
     ways = {
         REFERENCE: Way(ticks(0), "packed", **compiled),

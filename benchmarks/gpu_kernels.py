@@ -57,17 +57,13 @@ def products(
                 if budget.allows(2.0, f"products: {case}", left_out):
                     calls = _products(shape, count, dim, device)
                     for direction, ways in calls.items():
-                        found = attempt(
-                            f"products: {case}",
-                            left_out,
-                            lambda d=direction, w=ways, c=case: rows_of("product", f"{c}, {d}", w, device, effort),
-                        )
-                        for row in found or []:
-                            height = (0 if row["way"] == "tick alone" else (shape.ffn_matrices - 1) * shape.width) + (
-                                0 if row["way"] == "no tick" else dim
+                        make = functools.partial(rows_of, "product", f"{case}, {direction}", ways, device, effort)
+                        for row in attempt(f"products: {case}", left_out, make) or []:
+                            height = dim if row["way"] != "no tick" else 0
+                            height += (shape.ffn_matrices - 1) * shape.width if row["way"] != "tick alone" else 0
+                            rows.append(
+                                row | {"flops_per_second": 2 * count * shape.hidden * height / row["ms"] * 1000}
                             )
-                            row["flops_per_second"] = 2 * count * shape.hidden * height / row["ms"] * 1000
-                            rows.append(row)
     return rows
 
 
@@ -143,7 +139,7 @@ def _inputs(rows: int, heads: int, length: int, size: int, device: torch.device)
     return [drawn(device, rows, heads, length, size).requires_grad_(True) for _ in range(3)]
 
 
-def _both(result: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _both(result: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
     """The backward pass; nothing is added to gradients of earlier ones."""
     torch.autograd.grad(result, (q, k, v), q)
 
@@ -241,7 +237,7 @@ def losses(
     def plain() -> None:
         torch.autograd.grad(F.cross_entropy(linear(states).float(), targets, reduction="sum"), states)
 
-    calls: dict[str, Callable[[], Any]] = {f"chunks of {size}": lambda s=size: chunked(s) for size in chunks}
+    calls: dict[str, Callable[[], Any]] = {f"chunks of {size}": functools.partial(chunked, size) for size in chunks}
     calls["all logits"] = plain
     case = f"{tokens} tokens, hidden {hidden}, vocabulary {vocabulary}"
     flops = 4 * tokens * hidden * vocabulary  # logits and the gradient of the states
@@ -303,7 +299,9 @@ def traffic(
         subject = kernel(name, shape, tokens, dim, device)
         [row] = rows_of("kernel", f"{tokens} tokens, dim {dim}", {name: subject.run}, device, effort)
         row |= {"expected_bytes": subject.expected, "bytes_per_second": subject.expected / row["ms"] * 1000}
-        counted = attempt(f"ncu: {name}", left_out, lambda n=name: counted_bytes([*command, "--kernel", n], device))
+        counted = attempt(
+            f"ncu: {name}", left_out, functools.partial(counted_bytes, [*command, "--kernel", name], device)
+        )
         rows.append(row | ({"counted_bytes": counted} if counted is not None else {}))
     return rows
 
@@ -352,7 +350,7 @@ def profile(subject: Kernel) -> None:
     for _ in range(3):
         subject.run()
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStart()  # type: ignore[no-untyped-call,union-attr]
+    torch.cuda.cudart().cudaProfilerStart()
     subject.run()
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStop()  # type: ignore[no-untyped-call,union-attr]
+    torch.cuda.cudart().cudaProfilerStop()

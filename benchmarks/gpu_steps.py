@@ -394,7 +394,8 @@ def _stand_ins(model: nn.Module, kind: str, shape: Shape) -> dict[nn.Module, nn.
         _allow_graphs()
         return {layer: Compiled(layer) for layer in layers}
     assert kind == "checkpointed", kind
-    return {layer.mlp: Checkpointed(layer.mlp) for layer in layers}
+    blocks: list[Any] = [layer.mlp for layer in layers]
+    return {block: Checkpointed(block) for block in blocks}
 
 
 def _allow_graphs() -> None:
@@ -423,8 +424,8 @@ def _loss_of(way: Way, subject: Subject, model: nn.Module, batch: Batch, compute
 def _own_loss(model: nn.Module, task: Any, batch: Batch) -> Tensor:
     """The loss that a transformers model computes itself, as a sum."""
     inputs = task.inputs(batch) if hasattr(task, "inputs") else {n: batch[n] for n in ("input_ids", "attention_mask")}
-    loss: Tensor = model(**inputs, labels=batch["labels"]).loss
-    return loss * task.weight(batch)
+    loss: Tensor = model(**inputs, labels=batch["labels"]).loss * task.weight(batch)
+    return loss
 
 
 def _as_graphs(model: nn.Module, task: Any) -> LossOf:
@@ -447,7 +448,7 @@ def _liger(task: Any, model: nn.Module) -> LossOf:
     """Liger's fused loss of the same hidden states."""
     if find_spec("liger_kernel") is None:
         raise NotHereError("liger-kernel is not installed")
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # type: ignore[import-not-found]
 
     head = Head(model.get_output_embeddings())  # type: ignore[operator]
 
