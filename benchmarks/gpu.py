@@ -142,17 +142,19 @@ def g6(run: Run) -> None:
 def language(run: Run, case: str, shape: Shape, weights: list[Any], lengths: list[int], capacity: int) -> Subject:
     """What the ways of a case train on: examples of these lengths, packed into rows of a capacity, and padded.
 
-    Batches have the same lengths and other tokens.
+    The steps have the same lengths and other tokens. Padded rows are cut into micro-batches that have, with their
+    padding, no more tokens than a whole packed step: the logits of all of them would not fit into any memory.
     """
     task = NextTokens()
     batches: dict[str, list[Any]] = {"packed": [], "padded": []}
+    most = max(1, sum(lengths) // max(lengths))
     for number in range(run.effort.steps):
         examples = drawn(lengths, shape.vocabulary, number)
-        batches["padded"].append(task.collate(examples))
+        batches["padded"].append([task.collate(examples[i : i + most]) for i in range(0, len(examples), most)])
         shared = [[examples[i] for i in row] for row in in_rows(lengths, capacity)]
         # Examples that fill a row each need no positions, and attention no mask.
         full = all(len(row) == 1 for row in shared)
-        batches["packed"].append(batches["padded"][-1] if full else task.pack(shared))
+        batches["packed"].append([task.collate(examples) if full else task.pack(shared)])
     budget = budget_of(shape, tick_dim(run))
     return Subject(case, shape, weights, batches, mean_length(lengths), run.compute, budget)
 
@@ -200,7 +202,7 @@ def g1(run: Run) -> None:
         (f"rows of {longest}", rows, reference | tick_ways([dim]) | ffn | tick_ways(other) | linear),
         (f"lengths of mean {run.size(350, 8)}", mixed, reference | tick_ways([dim]) | ffn | linear),
         # Their weights and moments would take the room of what stands above.
-        (f"rows of {longest}", rows, reference | full),
+        (f"rows of {longest}, all weights", rows, reference | full),
     ]
     for case, lengths, ways in groups:
         subject = language(run, f"Llama-1B, {case}", shape, weights, lengths, longest)
@@ -272,8 +274,8 @@ def encoder(run: Run, name: str, weights: list[Any], rows: int, longest: int, di
     batches: dict[str, list[Any]] = {}
     for layout in ("random", "by length"):
         numbers = divided(lengths, rows, layout)[: effort.steps]
-        batches[layout] = [task.collate([examples[i] for i in part]) for part in numbers]
-    batches["to the longest"] = [_widened(batch, longest) for batch in batches["random"]]
+        batches[layout] = [[task.collate([examples[i] for i in part])] for part in numbers]
+    batches["to the longest"] = [[_widened(micro, longest) for micro in batch] for batch in batches["random"]]
     case = f"{name}, {rows} rows of up to {longest}"
     return Subject(case, shape, weights, batches, mean_length(lengths), run.compute, budget_of(shape, dim))
 

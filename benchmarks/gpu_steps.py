@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -27,10 +27,14 @@ from ticktune.device import Compute, is_out_of_memory
 from ticktune.errors import TicktuneError, first_line
 from ticktune.patch.attach import adapter_parameters, attach
 from ticktune.patch.standins import Checkpointed, Compiled, places_of, standing_in
+from ticktune.patch.wide import Wide
 from ticktune.tasks.batch import Batch
 from ticktune.train.groups import build_optimizer
 from ticktune.train.head_loss import Head, LossOf, find_head, head_loss, hidden_states, plain_loss
 from ticktune.train.steps import train_steps
+
+Around = Callable[[], AbstractContextManager[Any]]
+"""What a forward pass runs in."""
 
 REFERENCE = "norms only"
 """The way that others are compared with: no adapter on the products at all."""
@@ -53,8 +57,11 @@ FAILURES = (
 )
 """What one way may end with while the others go on: it is recorded, with the reason."""
 
-TICK_FORMS: dict[str, Callable[..., nn.Module]] = {"split": attach}
-"""How a tick's products stand beside the base's -> what attaches it."""
+TICK_FORMS: dict[str, Callable[[nn.Module, torch.dtype | None], Around]] = {
+    "split": lambda model, dtype: nullcontext,
+    "wide": lambda model, dtype: _wide(model, dtype),
+}
+"""How a tick's products stand beside the base's -> from the model and the dtype of products, what a pass runs in."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Subject(NamedTuple):
         case: Its name in the table.
         shape: The model's sizes.
         weights: Of the base, in bfloat16, on the device.
-        batches: By layout, a list of as many batches as a turn has steps.
+        batches: By layout, the micro-batches of each of as many steps as a turn has.
         length: What attention costs of.
         compute: Device and precision.
         budget: Parameters that adapters should train.
@@ -101,7 +108,7 @@ class Subject(NamedTuple):
     case: str
     shape: Shape
     weights: list[Tensor]
-    batches: dict[str, list[Batch]]
+    batches: dict[str, list[list[Batch]]]
     length: float
     compute: Compute
     budget: int
@@ -119,10 +126,17 @@ class Subject(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """A model that is ready for training, and what is trained: (name, role, parameter)."""
+    """A model that is ready for training.
+
+    Args:
+        model: The model.
+        named: What is trained: (name, role, parameter).
+        form: What a forward pass runs in.
+    """
 
     model: nn.Module
     named: list[tuple[str, Any, nn.Parameter]]
+    form: Around = nullcontext
 
 
 @dataclass(frozen=True)
@@ -161,10 +175,22 @@ def ticks(dim: int, form: str = "split") -> Callable[[Subject], Adapted]:
 
     def adapt(subject: Subject) -> Adapted:
         model = subject.model()
-        TICK_FORMS[form](model, dim, fresh=_fresh(model), seed=0)
-        return Adapted(model, list(adapter_parameters(model)))
+        attach(model, dim, fresh=_fresh(model), seed=0)
+        return Adapted(model, list(adapter_parameters(model)), TICK_FORMS[form](model, torch.bfloat16))
 
     return adapt
+
+
+def _wide(model: nn.Module, dtype: torch.dtype | None) -> Around:
+    """All ticks in wide form.
+
+    Raises:
+        NotHereError: Some cannot be.
+    """
+    wide = Wide(model, dtype)
+    if wide.obstacles:
+        raise NotHereError(f"ticks cannot be wide: {'; '.join(wide.obstacles)}")
+    return wide.running
 
 
 def lora(*, everywhere: bool, rank: int | None = None, best: bool) -> Callable[[Subject], Adapted]:
@@ -219,25 +245,25 @@ class Loop:
     """Steps of ticktune's own loop."""
 
     def __init__(self, way: Way, subject: Subject) -> None:
-        self.model, named = way.adapt(subject)
+        self.model, named, self._form = way.adapt(subject)
         self.parameters = [p for _, _, p in named]
         self._compute = subject.compute if way.autocast else replace(subject.compute, precision="fp32")
         self._batches = subject.batches[way.layout]
-        self.tokens = [real_tokens(batch) for batch in self._batches]
+        self.tokens = [sum(map(real_tokens, batch)) for batch in self._batches]
         self._clock = Clock(subject.compute.device)
         self._stand_ins = _stand_ins(self.model, way.layers, subject.shape)
         self._places = places_of(self.model, list(self._stand_ins))
-        self.loss, self._loss_of = _loss_of(way, subject, self.model, self._batches[0], self._compute)
-        optimizer = build_optimizer(named, Rates())  # type: ignore[arg-type]
+        self.loss, self._loss_of = _loss_of(way, subject, self.model, self._batches[0][0], self._compute)
+        self._optimizer = build_optimizer(named, Rates())  # type: ignore[arg-type]
         if way.adamw == "foreach":
-            for group in optimizer.param_groups:
+            for group in self._optimizer.param_groups:
                 group |= {"fused": False, "foreach": True}
         self._steps = train_steps(
             self.model,
             [(name, p) for name, _, p in named],
             subject.task,
-            ([batch] for batch in itertools.cycle(self._batches)),
-            optimizer,
+            itertools.cycle(self._batches),
+            self._optimizer,
             self._compute.scaler(),
             self._compute,
             lr_factor=lambda step: 1.0,
@@ -247,8 +273,11 @@ class Loop:
             around=lambda batch: self._around(),
         )
 
-    def _around(self) -> Any:
-        return standing_in(self._places, self._stand_ins) if self._stand_ins else nullcontext()
+    def _around(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(self._form())
+        stack.enter_context(standing_in(self._places, self._stand_ins))
+        return stack
 
     def turn(self, count: int) -> list[float]:
         """Seconds of each of so many steps."""
@@ -259,15 +288,19 @@ class Loop:
             seconds.append(self._clock.stop())
         return seconds
 
-    def saved(self) -> int:
-        """Bytes that the forward pass of the first batch keeps for the backward pass."""
-        batch = self._compute.put(self._batches[0])
+    def held(self) -> int:
+        """Bytes of the model and of the optimizer's moments."""
+        return _held(self.model, self._optimizer)
+
+    def saved_per_token(self) -> float:
+        """Bytes that the first forward pass keeps for the backward pass, for each real token."""
+        batch = self._compute.put(self._batches[0][0])
 
         def run() -> Tensor:
             with self._around(), self._compute.autocast():
                 return self._loss_of(self.model, batch)
 
-        return saved_bytes(self.model, run)
+        return saved_bytes(self.model, run) / real_tokens(batch)
 
     def close(self) -> None:
         """Lets go of everything."""
@@ -282,10 +315,10 @@ class Trained:
     def __init__(self, way: Way, subject: Subject) -> None:
         import transformers
 
-        self.model, named = way.adapt(subject)
+        self.model, named, _ = way.adapt(subject)
         self.parameters = [p for _, _, p in named]
         self._batches = subject.batches[way.layout]
-        self.tokens = [real_tokens(batch) for batch in self._batches]
+        self.tokens = [sum(map(real_tokens, batch)) for batch in self._batches]
         self._clock = Clock(subject.compute.device)
         self._compute = subject.compute
         self._asked: queue.Queue[bool] = queue.Queue()
@@ -302,11 +335,12 @@ class Trained:
 
         self._folder = tempfile.TemporaryDirectory()
         names = ("input_ids", "attention_mask", "labels")
-        batches = [{name: batch[name] for name in names} for batch in self._batches]
+        batches = [{name: micro[name] for name in names} for batch in self._batches for micro in batch]
         options = transformers.TrainingArguments(
             self._folder.name,
             max_steps=1_000_000,
             per_device_train_batch_size=1,
+            gradient_accumulation_steps=len(self._batches[0]),
             learning_rate=2e-4,
             lr_scheduler_type="constant",
             bf16=way.autocast,
@@ -323,7 +357,7 @@ class Trained:
             model=self.model,
             args=options,
             train_dataset=_Batches(batches),
-            data_collator=lambda features: features[0],  # an item of the set is a whole batch
+            data_collator=lambda features: features[0],  # an item of the set is a whole micro-batch
             callbacks=[Gate()],
         )
         self._trainer.remove_callback(transformers.PrinterCallback)
@@ -355,22 +389,33 @@ class Trained:
             seconds.append(found)
         return seconds
 
-    def saved(self) -> int:
-        """Bytes that the forward pass of the first batch keeps for the backward pass."""
-        batch = self._compute.put(self._batches[0])
+    def held(self) -> int:
+        """Bytes of the model and of the optimizer's moments."""
+        return _held(self.model, self._trainer.optimizer)
+
+    def saved_per_token(self) -> float:
+        """Bytes that the first forward pass keeps for the backward pass, for each real token."""
+        batch = self._compute.put(self._batches[0][0])
         names = ("input_ids", "attention_mask", "labels")
 
         def run() -> Any:
             with self._compute.autocast():
                 return self.model(**{name: batch[name] for name in names})
 
-        return saved_bytes(self.model, run)
+        return saved_bytes(self.model, run) / real_tokens(batch)
 
     def close(self) -> None:
         """Ends the thread."""
         self._asked.put(False)
         self._thread.join(60)
         self._folder.cleanup()
+
+
+def _held(model: nn.Module, optimizer: Any) -> int:
+    """Bytes of a model, which may share them with others, and of an optimizer's state; each storage counts once."""
+    moments = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *moments)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 class _Batches(torch.utils.data.Dataset[Any]):
@@ -512,7 +557,7 @@ def measure(
 
 def _prepare(subject: Subject, way: Way, effort: Effort, memory: Memory) -> _Ready:
     """Builds a way and warms it up."""
-    before, begun = memory.held, time.monotonic()
+    begun = time.monotonic()
     run: Any = (Trained if way.trainer else Loop)(way, subject)
     try:
         built = time.monotonic()
@@ -527,12 +572,11 @@ def _prepare(subject: Subject, way: Way, effort: Effort, memory: Memory) -> _Rea
         if effort.warm > 2:
             run.turn(effort.warm - 2)
         if way.layers != "checkpointed":  # torch's checkpoint hides what it keeps
-            facts["saved_bytes_per_token"] = round(run.saved() / run.tokens[0], 1)
-        own = memory.held - before + (0 if way.full else sum(w.nbytes for w in subject.weights))
+            facts["saved_bytes_per_token"] = round(run.saved_per_token(), 1)
         last: list[float] = []
         rise = memory.rise(lambda: last.extend(run.turn(1)))
         if rise is not None:
-            facts |= {"peak_allocated_bytes": own + rise[0], "peak_reserved_bytes": own + rise[1]}
+            facts |= {"peak_allocated_bytes": run.held() + rise[0], "peak_reserved_bytes": run.held() + rise[1]}
     except BaseException:
         run.close()
         raise

@@ -133,7 +133,7 @@ def test_who_begins_changes_from_round_to_round() -> None:
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     compute = Compute(CPU, "bf16")
-    batches = {"packed": [NextTokens().collate(drawn([16, 16], LLAMA.vocabulary))]}
+    batches = {"packed": [[NextTokens().collate(drawn([16, 16], LLAMA.vocabulary))]]}
     length = mean_length([16, 16])
     return Subject("a case", LLAMA, weights_of(LLAMA, compute), batches, length, compute, budget_of(LLAMA, 8))
 
@@ -207,18 +207,25 @@ _PEERS = {
     "Trainer + PEFT LoRA, all linear, r 16, default",
 }
 _FULL = {"full fine-tuning", "full fine-tuning, bfloat16 weights", "Trainer, full fine-tuning, default"}
-_TICKS = "ticks 8 + norms, split"
+
+
+def _ticks(dim: int) -> set[str]:
+    return {f"ticks {dim} + norms, {form}" for form in ("split", "wide")}
+
+
+_TICKS = _ticks(8)
 _ENCODERS = {
-    REFERENCE, "ticks, split, by length", "ticks, random", "ticks, compiled", "ticks, CUDA graphs",
-    "ticks, AdamW foreach", "PEFT LoRA, FFN, best", "Trainer + PEFT LoRA, FFN, default", "full fine-tuning",
+    REFERENCE, "ticks, split, by length", "ticks, wide, by length", "ticks, random", "ticks, compiled",
+    "ticks, CUDA graphs", "ticks, AdamW foreach", "PEFT LoRA, FFN, best", "Trainer + PEFT LoRA, FFN, default", "full fine-tuning",
 }  # fmt: skip
-_LANGUAGE = {REFERENCE, _TICKS, "PEFT LoRA, FFN, best"}
+_LANGUAGE = {REFERENCE, *_TICKS, "PEFT LoRA, FFN, best"}
 WAYS: dict[str, dict[str, set[str]]] = {
     "G1": {
         "Llama-1B, rows of 32": {
-            REFERENCE, _TICKS, "ticks 2 + norms, split", "ticks 16 + norms, split", *_PEERS, *_FULL
+            REFERENCE, *_TICKS, *_ticks(2), *_ticks(16), *_PEERS
         },
-        "Llama-1B, lengths of mean 8": {REFERENCE, _TICKS, *_PEERS},
+        "Llama-1B, rows of 32, all weights": {REFERENCE, *_FULL},
+        "Llama-1B, lengths of mean 8": {REFERENCE, *_TICKS, *_PEERS},
     },
     "G2": {"Llama-1B, compiled, rows of 32": _LANGUAGE | {"ticks, all logits", "ticks, not compiled"}},
     "G3": {
@@ -289,9 +296,10 @@ def test_what_is_kept_differs_as_it_should(documents: dict[str, Any]) -> None:
     """Ticks keep less than LoRA on the same block; the loss without logits keeps none; compiled ticks are there."""
     kept = {(row["case"], row["way"]): row.get("saved_bytes_per_token") for row in documents["G1"]["rows"]}
     case = "Llama-1B, lengths of mean 8"
-    assert kept[case, REFERENCE] < kept[case, _TICKS] < kept[case, "PEFT LoRA, FFN, best"]
+    ticks = "ticks 8 + norms, split"
+    assert kept[case, REFERENCE] < kept[case, ticks] < kept[case, "PEFT LoRA, FFN, best"]
     kept = {row["way"]: row["saved_bytes_per_token"] for row in documents["G2"]["rows"]}
-    assert kept[REFERENCE] < kept[_TICKS] < kept["ticks, all logits"]
+    assert kept[REFERENCE] < kept[ticks] < kept["ticks, all logits"]
 
 
 @pytest.mark.slow
