@@ -547,9 +547,8 @@ def measure(
         _take_turns(subject.case, ready, effort, budget, memory, left_out)
         return [_row(subject, name, each, ready.get(REFERENCE)) for name, each in ready.items() if each.turns]
     finally:
-        for each in ready.values():
-            each.run.close()
-        ready.clear()
+        while ready:
+            ready.popitem()[1].run.close()
         if any(way.layers in ("compiled", "graphs") for way in ways.values()):
             torch._dynamo.reset()  # graphs hold what they were made of
         memory.forget()
