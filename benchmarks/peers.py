@@ -211,7 +211,7 @@ class Log(NamedTuple):
 
 def _trainer_class(peer: Peer) -> Any:
     if peer.method == "ParBn":
-        from adapters import AdapterTrainer  # type: ignore[import-not-found]
+        from adapters import AdapterTrainer
 
         return AdapterTrainer
     from transformers import Trainer

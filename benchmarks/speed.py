@@ -13,7 +13,8 @@ AdapterHub needs an older transformers, and so an environment of its own, withou
 
     python -m venv hub && hub/bin/pip install torch==2.13.0 adapters==1.3.0 accelerate==1.15.0
 
-A second call goes on where the first one stopped. ``--docs`` only writes the tables into docs/performance.md.
+A second call goes on where the first one stopped. ``--docs`` only writes the tables into docs/performance.md, and
+the loss curves into docs/images.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import yaml
 from torch import nn
 
 from benchmarks.counting import saved_bytes
+from benchmarks.curves import WINDOW, drawing
 from benchmarks.peers import ADAPTERHUB, PEERS, Job, Measured, middle, peak_bytes
 from ticktune.base import load_model, quiet_transformers
 from ticktune.console import Console
@@ -51,6 +53,7 @@ from ticktune.versions import versions
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "speed.json"
 PAGE = ROOT.parent / "docs" / "performance.md"
+IMAGES = PAGE.parent / "images"
 BEGIN, END = "<!-- speed -->", "<!-- end of speed -->"
 DIM = 64
 """The ticks' dim."""
@@ -140,6 +143,14 @@ OWN: dict[str, str] = {
     "ticktune: full fine-tuning": "full",
 }
 CONTENDERS = [*OWN, *PEERS]
+DRAWN = [
+    OURS,
+    "Trainer + PEFT LoRA, FFN, default",
+    "Trainer + PEFT LoRA, FFN, best",
+    ADAPTERHUB,
+    "Trainer, full fine-tuning, default",
+]
+"""Whose losses are drawn."""
 
 
 class Subject(NamedTuple):
@@ -402,7 +413,7 @@ def section(document: dict[str, Any]) -> str:
             else "AdapterHub was not measured."
         )
     ]
-    for found in document["cases"].values():
+    for name, found in document["cases"].items():
         most = max(map(len, found["runs"].values()))
         rounds = "1 round" if most == 1 else f"{most} rounds, with the least and the most"
         lines += [
@@ -411,8 +422,21 @@ def section(document: dict[str, Any]) -> str:
             f"median of {rounds}. Faster than ticks + norms: {'; '.join(faster(found)) or 'none'}.",
             "",
             table(found),
+            "",
+            f"![Losses of {found['title']}](images/{image_name(name)})",
         ]
     return "\n".join(lines)
+
+
+def image_name(case: str) -> str:
+    """The file of a case's loss curves."""
+    return f"speed-{case}.svg"
+
+
+def curves(found: dict[str, Any]) -> str:
+    """The losses of a case's first round, as SVG."""
+    losses = {name: found["runs"][name][0]["losses"] for name in DRAWN if name in found["runs"]}
+    return drawing(f"{found['title']}: loss, moving median of {WINDOW} steps", losses)
 
 
 def page_with(document: dict[str, Any]) -> str:
@@ -460,6 +484,9 @@ def main() -> None:
     document = read_json(arguments.results) if arguments.results.exists() else {"cases": {}}
     if arguments.docs:
         PAGE.write_text(page_with(document), encoding="utf-8")
+        IMAGES.mkdir(exist_ok=True)
+        for name, found in document["cases"].items():
+            (IMAGES / image_name(name)).write_text(curves(found), encoding="utf-8")
         return
     pythons = {}
     if arguments.adapterhub:

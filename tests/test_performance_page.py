@@ -29,3 +29,5 @@ def test_the_section_beside_other_tools_is_made_of_the_results() -> None:
     document = json.loads(speed.RESULTS.read_text(encoding="utf-8"))
     assert document["cases"].keys() == speed.CASES.keys()
     assert speed.page_with(document) == page
+    for name, found in document["cases"].items():
+        assert (speed.IMAGES / speed.image_name(name)).read_text(encoding="utf-8") == speed.curves(found)

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks import speed
+from benchmarks.curves import moving_median
 from benchmarks.peers import ADAPTERHUB, PEERS, Job, middle
 
 FULL = "Trainer, full fine-tuning, default"
@@ -72,6 +74,20 @@ def test_the_section_says_whether_adapterhub_ran(found: dict[str, Any]) -> None:
     assert speed.table(found) in text
 
 
+def test_curves_are_drawn_over_steps_with_a_key(found: dict[str, Any]) -> None:
+    svg = ElementTree.fromstring(speed.curves(found))
+    names = {"svg": "http://www.w3.org/2000/svg"}
+    lines = svg.findall(".//svg:polyline", names)
+    assert len(lines) == 2
+    assert [len(line.attrib["points"].split()) for line in lines] == [2, 2]
+    texts = [text.text for text in svg.findall(".//svg:text", names)]
+    assert {speed.OURS, FULL, "loss", "optimizer step"} <= set(texts)
+
+
+def test_a_moving_median_leaves_out_a_spike() -> None:
+    assert moving_median([3.0, 2.0, 9.0, 1.0]) == [2.5, 3.0, 2.0, 5.0]
+
+
 def test_contenders_that_lack_an_environment_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -104,6 +120,7 @@ def test_default_and_best_are_both_there() -> None:
         assert sorted(peer.is_best for peer in PEERS.values() if peer.method == method) == [False, True]
 
 
+@pytest.mark.slow
 def test_two_contenders_see_the_same_rows(tiny_bert: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     rows = tmp_path / "rows.jsonl"
