@@ -150,11 +150,10 @@ def run_one(contender: str, lr: float, seed: int, job: Job, validation: list[dic
     study = Study(validation, lr, seed, EPOCHS, EVERY, max(THRESHOLDS))
     if contender in OWN:
         given = {"layers": OWN[contender], "study": study._replace(validation=[])._asdict()}
-        found = run_job(sys.executable, "benchmarks.accuracy", given, "--job")
+        found = run_job(contender, sys.executable, "benchmarks.accuracy", given, "--job")
     else:
-        found = run_job(
-            sys.executable, "benchmarks.peers", job._replace(contender=contender, study=study._asdict())._asdict()
-        )
+        given = job._replace(contender=contender, study=study._asdict())._asdict()
+        found = run_job(contender, sys.executable, "benchmarks.peers", given)
     return {"contender": contender, "lr": lr, "seed": seed, **found}
 
 

@@ -140,7 +140,7 @@ OURS = "ticktune: ticks + norms"
 OWN: dict[str, str] = {
     OURS: "ticks",
     "ticktune: norms": "norms",
-    "ticktune: full fine-tuning": "full",
+    "ticktune's loop, full fine-tuning": "full",
 }
 CONTENDERS = [*OWN, *PEERS]
 DRAWN = [
@@ -316,8 +316,8 @@ def measure(method: str, case: Case, started: float) -> Measured:
 # All of them
 
 
-def run_job(python: str, module: str, given: dict[str, Any], *words: str) -> dict[str, Any]:
-    """What a module answers to a job, in a process of its own."""
+def run_job(who: str, python: str, module: str, given: dict[str, Any], *words: str) -> dict[str, Any]:
+    """What a module answers to a job, in a process of its own; ``who`` is for messages."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(given), encoding="utf-8")
@@ -325,7 +325,7 @@ def run_job(python: str, module: str, given: dict[str, Any], *words: str) -> dic
             [python, "-m", module, *words, str(path)], capture_output=True, text=True, check=False, cwd=ROOT.parent
         )
     if done.returncode:
-        raise SystemExit(f"{module} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{who}: {module} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -339,20 +339,20 @@ def run_one(contender: str, case: Case, job: Job, pythons: dict[str, str]) -> di
         job: For peers.
         pythons: Contenders that have an interpreter of their own.
     """
-    started = time.time()
+    who, started = f"{contender}, {case.title}", time.time()
     if contender in OWN:
         given = {"method": OWN[contender], "case": case._asdict(), "started": started}
-        found = run_job(sys.executable, "benchmarks.speed", given, "--job")
+        found = run_job(who, sys.executable, "benchmarks.speed", given, "--job")
     else:
         given = job._replace(contender=contender, started=started)._asdict()
-        found = run_job(pythons.get(contender, sys.executable), "benchmarks.peers", given)
+        found = run_job(who, pythons.get(contender, sys.executable), "benchmarks.peers", given)
     expected = sum(len(row["input_ids"]) for row in job.rows)
-    if sum(found["tokens"]) != expected or len(found["seconds"]) != case.steps:
-        raise SystemExit(
-            f"{contender}, {case.title}: {len(found['seconds'])} steps of {sum(found['tokens'])} tokens, expected "
-            f"{case.steps} of {expected}"
-        )
-    return found
+    seen = sum(found["tokens"])
+    if seen != expected or len(found["seconds"]) != case.steps:
+        raise SystemExit(f"{who}: {len(found['seconds'])} steps of {seen} tokens, expected {case.steps} of {expected}")
+    for name, digits in (("seconds", 4), ("losses", 5)):
+        found[name] = [round(value, digits) for value in found[name]]
+    return {**found, "tokens": seen}
 
 
 def take_turns(found: dict[str, Any], case: Case, count: int, pythons: dict[str, str]) -> Iterator[str]:
@@ -366,12 +366,14 @@ def take_turns(found: dict[str, Any], case: Case, count: int, pythons: dict[str,
             runs = found.setdefault("runs", {}).setdefault(contender, [])
             if len(runs) <= number:
                 runs.append(run_one(contender, case, job, pythons))
+                if number:  # they are those of the first round
+                    del runs[-1]["losses"]
                 yield contender
 
 
 def rate(run: dict[str, Any]) -> float:
     """Real tokens in a second."""
-    return float(sum(run["tokens"]) / sum(run["seconds"]))
+    return float(run["tokens"] / sum(run["seconds"]))
 
 
 def ratios(found: dict[str, Any], contender: str) -> list[float]:

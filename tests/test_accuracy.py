@@ -61,7 +61,7 @@ def test_the_table_says_what_was_not_reached() -> None:
 def test_a_peer_is_given_the_validation_rows_and_ticktune_reads_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, Any]] = []
 
-    def run_job(python: str, module: str, job: dict[str, Any], *words: str) -> dict[str, Any]:
+    def run_job(who: str, python: str, module: str, job: dict[str, Any], *words: str) -> dict[str, Any]:
         given.append({"module": module, **job})
         return {"evaluations": [], "trained": 1}
 

@@ -17,7 +17,7 @@ FULL = "Trainer, full fine-tuning, default"
 def run(seconds: float, tokens: int = 100) -> dict[str, Any]:
     return {
         "seconds": [seconds / 2, seconds / 2],
-        "tokens": [tokens - 40, 40],
+        "tokens": tokens,
         "losses": [1.0, 0.5],
         "trained": 12345,
         "first_step": 4.0,
@@ -39,7 +39,7 @@ def found() -> dict[str, Any]:
 
 
 def test_a_rate_is_all_tokens_by_all_seconds() -> None:
-    assert speed.rate({"seconds": [1.0, 3.0], "tokens": [10, 50]}) == 15.0
+    assert speed.rate({"seconds": [1.0, 3.0], "tokens": 60}) == 15.0
 
 
 def test_runs_are_compared_within_their_round(found: dict[str, Any]) -> None:
@@ -136,8 +136,8 @@ def test_two_contenders_see_the_same_rows(tiny_bert: Path, tmp_path: Path) -> No
     assert job.budget > 0
     runs = {name: speed.run_one(name, case, job, {}) for name in (speed.OURS, FULL)}
     for found in runs.values():
-        assert len(found["losses"]) == len(found["seconds"]) == len(found["tokens"]) == case.steps
-        assert sum(found["tokens"]) == sum(len(row["input_ids"]) for row in job.rows)
+        assert len(found["losses"]) == len(found["seconds"]) == case.steps
+        assert found["tokens"] == sum(len(row["input_ids"]) for row in job.rows)
         assert found["first_step"] > 0
         assert found["kept_bytes"] > 0
     assert runs[speed.OURS]["trained"] < runs[FULL]["trained"]
