@@ -42,7 +42,7 @@ PEERS: dict[str, Peer] = {
     "Trainer + PEFT LoRA, all linear, best": Peer("LoRA, all linear", True, 1e-3),
     "Trainer + PEFT LN-tuning, default": Peer("LN-tuning", False, 1e-3),
     "Trainer + PEFT LN-tuning, best": Peer("LN-tuning", True, 1e-3),
-    ADAPTERHUB: Peer("ParBn", False, 1e-3),
+    ADAPTERHUB: Peer("ParBn", False, 1e-4),
     "Trainer, full fine-tuning, default": Peer("full", False, 1e-4),
     "Trainer, full fine-tuning, best": Peer("full", True, 1e-4),
 }

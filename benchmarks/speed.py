@@ -151,6 +151,8 @@ DRAWN = [
     "Trainer, full fine-tuning, default",
 ]
 """Whose losses are drawn."""
+WITH_CURVES = [name for name, case in CASES.items() if case.config is None]
+"""Cases whose base has learned something already: without warm-up, random weights say little."""
 
 
 class Subject(NamedTuple):
@@ -433,9 +435,9 @@ def section(document: dict[str, Any]) -> str:
             f"median of {rounds}. Faster than ticks + norms: {'; '.join(faster(found)) or 'none'}.",
             "",
             table(found),
-            "",
-            f"![Losses of {found['title']}](images/{image_name(name)})",
         ]
+        if name in WITH_CURVES:
+            lines += ["", f"![Losses of {found['title']}](images/{image_name(name)})"]
     return "\n".join(lines)
 
 
@@ -492,8 +494,8 @@ def main() -> None:
     if arguments.docs:
         PAGE.write_text(page_with(document), encoding="utf-8")
         IMAGES.mkdir(exist_ok=True)
-        for name, found in document["cases"].items():
-            (IMAGES / image_name(name)).write_text(curves(found), encoding="utf-8")
+        for name in WITH_CURVES:
+            (IMAGES / image_name(name)).write_text(curves(document["cases"][name]), encoding="utf-8")
         return
     pythons = {}
     if arguments.adapterhub:
