@@ -494,7 +494,7 @@ def main() -> None:
     if arguments.docs:
         PAGE.write_text(page_with(document), encoding="utf-8")
         IMAGES.mkdir(exist_ok=True)
-        for name in WITH_CURVES:
+        for name in (name for name in WITH_CURVES if name in document["cases"]):
             (IMAGES / image_name(name)).write_text(curves(document["cases"][name]), encoding="utf-8")
         return
     pythons = {}
