@@ -364,7 +364,8 @@ def take_turns(found: dict[str, Any], case: Case, count: int, pythons: dict[str,
     found |= {"tokens": sum(len(row["input_ids"]) for row in job.rows)}
     contenders = [name for name in CONTENDERS if name != ADAPTERHUB or name in pythons]
     for number in range(count):
-        for contender in contenders:
+        first = number % len(contenders)  # who begins changes
+        for contender in (*contenders[first:], *contenders[:first]):
             runs = found.setdefault("runs", {}).setdefault(contender, [])
             if len(runs) <= number:
                 runs.append(run_one(contender, case, job, pythons))
