@@ -21,7 +21,8 @@ def test_a_threshold_is_reached_at_the_first_evaluation_that_is_as_good() -> Non
     assert accuracy.seconds_to(one, 0.85) is None
 
 
-def test_the_better_rate_gets_further_and_then_sooner() -> None:
+def test_the_better_rate_gets_further_and_then_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "THRESHOLDS", (0.80, 0.83, 0.85))
     far = run(FIRST, 1e-3, 0, (10, 50.0, 0.84))
     soon = run(FIRST, 2e-3, 0, (10, 5.0, 0.81))
     sooner = run(FIRST, 3e-3, 0, (10, 40.0, 0.83))
@@ -44,7 +45,8 @@ def test_rates_are_chosen_with_a_seed_of_their_own() -> None:
     assert len(asked) == 4 * len(accuracy.GRID)
 
 
-def test_the_table_says_what_was_not_reached() -> None:
+def test_the_table_says_what_was_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "THRESHOLDS", (0.80, 0.83, 0.85))
     runs = [
         run(FIRST, 1e-3, 0, (10, 1.0, 0.9)),  # chosen by: not told
         run(FIRST, 1e-3, 1, (10, 20.0, 0.82), (20, 40.0, 0.86)),
