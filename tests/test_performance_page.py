@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import loss, tick_tax
+from benchmarks import accuracy, loss, speed, tick_tax
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,3 +19,26 @@ def test_the_section_on_ticks_is_made_of_the_results() -> None:
     document = json.loads(tick_tax.RESULTS.read_text(encoding="utf-8"))
     assert document["shapes"].keys() == tick_tax.SHAPES.keys()
     assert tick_tax.page_with(document) == tick_tax.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_section_beside_other_tools_is_made_of_the_results() -> None:
+    page = speed.PAGE.read_text(encoding="utf-8")
+    if not speed.RESULTS.exists():
+        assert f"{speed.BEGIN}\n{speed.END}" in page
+        return
+    document = json.loads(speed.RESULTS.read_text(encoding="utf-8"))
+    assert document["cases"].keys() == speed.CASES.keys()
+    assert speed.page_with(document) == page
+    for name in speed.WITH_CURVES:
+        drawn = (speed.IMAGES / speed.image_name(name)).read_text(encoding="utf-8")
+        assert drawn == speed.curves(document["cases"][name])
+
+
+def test_the_time_to_accuracy_is_made_of_the_results() -> None:
+    page = speed.PAGE.read_text(encoding="utf-8")
+    if not accuracy.RESULTS.exists():
+        assert f"{accuracy.BEGIN}\n{accuracy.END}" in page
+        return
+    document = json.loads(accuracy.RESULTS.read_text(encoding="utf-8"))
+    assert {run["contender"] for run in document["runs"]} == accuracy.GRID.keys()
+    assert accuracy.page_with(document) == page
