@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,9 +126,15 @@ class Schedule:
     total: int
 
     @classmethod
-    def of(cls, training: Training, lengths: Sequence[int]) -> "Schedule":
-        """The schedule of a recipe over training examples of some lengths; 3 epochs where it says nothing."""
-        epochs = Epochs(lengths, training.batch_size, training.batch_tokens, training.seed, training.packing)
+    def of(cls, training: Training, lengths: Sequence[int], poll: Callable[[], None] = lambda: None) -> "Schedule":
+        """The schedule of a recipe over training examples of some lengths; 3 epochs where it says nothing.
+
+        Args:
+            training: Of the recipe.
+            lengths: Of the training examples.
+            poll: Called before each epoch whose batches are counted: a tenth of a second for a million examples.
+        """
+        epochs = Epochs(lengths, training.batch_size, training.batch_tokens, training.seed, training.packing, poll)
         return cls(epochs, training.steps if training.steps is not None else epochs.end((training.epochs or 3) - 1))
 
     def due(self, step: int, every: Any) -> bool:
@@ -207,6 +213,7 @@ class Session:
 
     Args:
         prepared: Rows, task and base.
+        plan: How the run divides into steps.
         model: With ticks.
         run: The run's folder, locked.
         console: Where to print.
@@ -218,6 +225,7 @@ class Session:
     def __init__(
         self,
         prepared: Prepared,
+        plan: Schedule,
         model: nn.Module,
         run: RunFolder,
         console: Console,
@@ -225,8 +233,9 @@ class Session:
         cache: PrefixCache | None = None,
         wide: Wide | None = None,
     ) -> None:
-        self.prepared, self.model, self.run, self.console, self.signals = (
+        self.prepared, self.plan, self.model, self.run, self.console, self.signals = (
             prepared,
+            plan,
             model,
             run,
             console,
@@ -236,7 +245,6 @@ class Session:
         self.compute: Compute = prepared.compute
         self.optimizer = build_optimizer(adapter_parameters(model), self.recipe.optimizer)
         self.scaler = self.compute.scaler()
-        self.plan = Schedule.of(self.recipe.training, prepared.examples["train"].lengths)
         self.progress = checkpoint.Progress()
         self.best: dict[str, Tensor] | None = None
         row = TASKS[self.recipe.task]

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from ticktune.data.batches import Epochs, epoch_batches, micro_batches, packed_rows, sorted_batches, split_rows
+from ticktune.data.batches import (
+    Epochs,
+    count_batches,
+    epoch_batches,
+    micro_batches,
+    packed_rows,
+    sorted_batches,
+    split_rows,
+)
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 1000).tolist()
 
@@ -134,3 +142,48 @@ def test_tokens_of_packed_examples_are_theirs_alone() -> None:
     assert sorted(i for batch in batches for i in batch) == list(range(1000))
     assert max(sums) <= 800
     assert np.median(sums) > 600
+
+
+def filled_one_by_one(order: list[int], tokens: int, packed: bool) -> list[list[int]]:
+    """What :func:`epoch_batches` does with a chunk, example by example."""
+    batches: list[list[int]] = []
+    for number in order:
+        last = [*batches[-1], number] if batches else [number]
+        lengths = [LENGTHS[i] for i in last]
+        if not batches or (sum(lengths) if packed else len(last) * lengths[-1]) > tokens:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 150, 800, 3000, 300_000])
+def test_batches_of_tokens_are_filled_one_example_after_the_other(tokens: int, packed: bool) -> None:
+    rng = np.random.default_rng([1, 2])
+    order, chunk = rng.permutation(1000).tolist(), max(1, int(tokens / np.mean(LENGTHS))) * 50
+    expected = []
+    for start in range(0, 1000, chunk):
+        part = order[start : start + chunk]
+        cut = filled_one_by_one(part if packed else sorted(part, key=LENGTHS.__getitem__), tokens, packed)
+        expected += [cut[i] for i in rng.permutation(len(cut))]
+    assert epoch_batches(LENGTHS, None, seed=1, epoch=2, tokens=tokens, packed=packed) == expected
+    assert count_batches(LENGTHS, seed=1, epoch=2, tokens=tokens, packed=packed) == len(expected)
+
+
+def test_steps_of_many_epochs_are_counted_without_their_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Epochs(LENGTHS, None, 800, seed=1).end(2)
+    monkeypatch.setattr("ticktune.data.batches.epoch_batches", None)
+    asked = list[int]()
+    assert Epochs(LENGTHS, None, 800, seed=1, poll=lambda: asked.append(1)).end(2) == expected
+    assert len(asked) == 3
+
+
+def test_a_signal_is_noticed_while_steps_are_counted() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        Epochs(LENGTHS, None, 800, seed=1, poll=stop).find(10_000)
