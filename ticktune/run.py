@@ -20,7 +20,7 @@ from ticktune.base import (
     stored_dtype,
     stored_quantization,
 )
-from ticktune.console import Console, duration, figure, table_of
+from ticktune.console import Console, duration, figure, size_text, table_of
 from ticktune.data.read import Rows
 from ticktune.errors import (
     DataError,
@@ -357,7 +357,7 @@ def _export_adapter(target: Target, console: Console, output: Path | None, force
     size = sum(f.stat().st_size for f in place.iterdir())
     console.result(
         {"adapter": str(place), "bytes": size, "verified": True},
-        [["adapter", "size", "verified"], [str(place), f"{size / 1e6:.1f} MB", "yes"]],
+        [["adapter", "size", "verified"], [str(place), size_text(size), "yes"]],
     )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ticktune import checkpoint
 from ticktune.adapter import describe_adapter, shapes_fingerprint, write_adapter
 from ticktune.base import fingerprint, stored_quantization, without_weights
-from ticktune.console import Console, figure
-from ticktune.data.batches import Epochs, micro_batches, packed_rows, sorted_batches
+from ticktune.console import Console, figure, size_text
+from ticktune.data.batches import Epochs, largest_packed, largest_padded, micro_batches, packed_rows
 from ticktune.device import Compute, describe, is_out_of_memory, mix
 from ticktune.errors import (
     BaseModelError,
@@ -395,40 +395,48 @@ class Session:
         return timed(lambda: step(None), lambda: step(wide), self.compute.device)
 
     def _try_longest(self) -> None:
-        """Tries a micro-batch of the longest rows, so that a lack of memory shows before anything is computed."""
-        examples, task = self.prepared.examples["train"], self.prepared.task
-        tokens = self.recipe.training.batch_tokens
-        count = self.micro_batch_size
-        if tokens is not None:
-            count = min(count, max(1, tokens // max(examples.lengths)))
-        numbers = next(iter(sorted_batches(examples.lengths, count)))
-        self._work = f"trying the longest rows, {self._described(numbers)}"
-        training = self.recipe.training
+        """Tries the largest micro-batches, so that a lack of memory shows before anything is computed."""
+        training, lengths = self.recipe.training, self.prepared.examples["train"].lengths
+        if training.packing:
+            tried = largest_packed(
+                self.plan.epochs,
+                self.plan.total,
+                self.micro_batch_size,
+                self.recipe.data.max_length,
+                self.signals.poll,
+            )
+        else:
+            tried = largest_padded(lengths, self.micro_batch_size, training.batch_tokens)
         measures = training.gradient_checkpointing and not training.compile
-        try_step(
-            self.model,
-            task,
-            self._collate(numbers, self.recipe.training.seed),
-            self.optimizer,
-            self.scaler,
-            self.compute,
-            base_dropout=self.recipe.base.dropout == "keep",
-            loss_of=self.loss_of,
-            around=self._measured if measures else self._around,
-        )
-        if self._activations is not None:
-            kept = self._activations
+        found: list[tuple[Activations, list[int]]] = []
+        for numbers in tried:
+            self._work = f"trying the longest rows, {self._described(numbers)}"
+            try_step(
+                self.model,
+                self.prepared.task,
+                self._collate(numbers, training.seed),
+                self.optimizer,
+                self.scaler,
+                self.compute,
+                base_dropout=self.recipe.base.dropout == "keep",
+                loss_of=self.loss_of,
+                around=self._measured if measures else self._around,
+            )
+            if self._activations is not None:
+                found.append((self._activations, numbers))
+        if found:
+            kept, numbers = max(found, key=lambda each: each[0].checkpointed)
             self.run.update(
                 activations={
                     "rows": len(numbers),
-                    "length": examples.lengths[numbers[0]],
+                    "length": max(lengths[number] for number in numbers),
                     "bytes": kept.checkpointed,
                     "bytes_without_checkpointing": kept.plain,
                 }
             )
             self.console.note(
-                f"gradient checkpointing keeps {kept.checkpointed / 1e6:.1f} MB of activations instead of "
-                f"{kept.plain / 1e6:.1f} MB, for {self._described(numbers)}"
+                f"gradient checkpointing keeps {size_text(kept.checkpointed)} of activations instead of "
+                f"{size_text(kept.plain)}, for {self._described(numbers)}"
             )
 
     @contextmanager

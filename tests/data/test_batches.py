@@ -7,6 +7,8 @@ from ticktune.data.batches import (
     Epochs,
     count_batches,
     epoch_batches,
+    largest_packed,
+    largest_padded,
     micro_batches,
     packed_rows,
     sorted_batches,
@@ -187,3 +189,51 @@ def test_a_signal_is_noticed_while_steps_are_counted() -> None:
 
     with pytest.raises(Stop):
         Epochs(LENGTHS, None, 800, seed=1, poll=stop).find(10_000)
+
+
+def padded_sizes(part: list[int]) -> tuple[int, int]:
+    longest = max(LENGTHS[i] for i in part)
+    return len(part) * longest**2, len(part) * longest
+
+
+def packed_sizes(part: list[int]) -> tuple[int, int]:
+    rows = packed_rows([LENGTHS[i] for i in part], 256)
+    longest = max(sum(LENGTHS[part[place]] for place in row) for row in rows)
+    return len(rows) * longest**2, len(rows) * longest
+
+
+def largest_of(sizes: list[tuple[int, int]]) -> tuple[int, ...]:
+    return tuple(map(max, zip(*sizes, strict=True)))
+
+
+@pytest.mark.parametrize(("batch_size", "tokens", "size"), [(32, None, 32), (32, None, 7), (None, 512, 7)])
+def test_no_micro_batch_is_larger_than_those_that_are_tried(
+    batch_size: int | None, tokens: int | None, size: int
+) -> None:
+    epochs = Epochs(LENGTHS, batch_size, tokens, seed=1)
+    tried = largest_of([padded_sizes(part) for part in largest_padded(LENGTHS, size, tokens)])
+    occur = [padded_sizes(p) for epoch in range(30) for b in epochs.batches(epoch) for p in micro_batches(b, size)]
+    assert all(a >= b for a, b in zip(tried, largest_of(occur), strict=True))
+
+
+def test_of_batches_of_tokens_more_than_the_longest_rows_is_tried() -> None:
+    # One row of 300, or two of 250 tokens: 500 of 512, and more pairs of tokens too.
+    assert largest_padded([10, 250, 300, 250, 10], 5, 512) == [[1, 3]]
+    # 20 of 25 tokens, or one of 300.
+    assert largest_padded([25] * 30 + [300], 50, 512) == [[30], list(range(20))]
+    assert largest_padded([3, 9, 1, 9, 4], 2) == [[1, 3]]
+    assert largest_padded([30, 20, 10], 5, 25) == [[0]]  # a longer one is a batch of its own
+
+
+@pytest.mark.parametrize(("batch_size", "tokens", "size"), [(32, None, 32), (None, 1024, 1000), (None, 1024, 9)])
+def test_no_packed_micro_batch_is_larger_than_those_that_are_tried(
+    batch_size: int | None, tokens: int | None, size: int
+) -> None:
+    epochs = Epochs(LENGTHS, batch_size, tokens, seed=1, packed=True)
+    steps = epochs.end(10)
+    occur = [packed_sizes(p) for epoch in range(11) for b in epochs.batches(epoch) for p in micro_batches(b, size)]
+    tried = [packed_sizes(part) for part in largest_packed(epochs, steps, size, 256)]
+    assert largest_of(tried) == largest_of(occur)
+    polls = list[int]()
+    largest_packed(epochs, 5, size, 256, lambda: polls.append(1))
+    assert len(polls) == 5  # no step is looked at that is not taken

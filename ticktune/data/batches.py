@@ -4,11 +4,13 @@ import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 _CHUNK_BATCHES = 50
+_LOOKED_AT = 200_000  # examples: packing them takes a second or less
 
 _Numbers = np.ndarray[Any, Any]
 
@@ -179,6 +181,57 @@ class Epochs:
 def micro_batches(batch: Sequence[int], size: int) -> list[list[int]]:
     """Cuts a batch into parts of at most ``size``."""
     return [list(batch[i : i + size]) for i in range(0, len(batch), size)]
+
+
+def largest_padded(lengths: Sequence[int], size: int, tokens: int | None = None) -> list[list[int]]:
+    """The micro-batches that no other one exceeds, in whatever order the examples come.
+
+    Args:
+        lengths: Length of each example in tokens.
+        size: The most examples in a micro-batch.
+        tokens: The most tokens in a batch, padding among them, or None; a longer example is a batch of its own.
+
+    Returns:
+        That with the most pairs of tokens in a row, and, where it is another one, that with the most tokens: memory
+        grows with both. Without ``tokens`` the longest examples are both.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    sizes = np.maximum(np.asarray(lengths)[order], 1)
+    counts = np.minimum(size, np.arange(len(order), 0, -1))
+    if tokens is not None:
+        counts = np.minimum(counts, np.maximum(1, tokens // sizes))
+    places = dict.fromkeys(int(np.argmax(counts * weight)) for weight in (sizes * sizes, sizes))
+    return [order[place : place + counts[place]].tolist() for place in places]
+
+
+def largest_packed(
+    epochs: Epochs, steps: int, size: int, capacity: int, poll: Callable[[], None] = lambda: None
+) -> list[list[int]]:
+    """As :func:`largest_padded`, of packed examples: how full rows are depends on which examples meet.
+
+    Args:
+        epochs: The batches of a run.
+        steps: How many of them there are. Those of the first 200,000 examples or so are looked at.
+        size: The most examples in a micro-batch.
+        capacity: The most tokens in a row.
+        poll: Called before each batch, so that a signal is noticed.
+    """
+    best: dict[int, tuple[int, list[int]]] = {}
+    step = epoch = seen = 0
+    while step < steps and seen < _LOOKED_AT:
+        for batch in epochs.batches(epoch)[: steps - step]:
+            if seen >= _LOOKED_AT:
+                break
+            poll()
+            for part in micro_batches(batch, size):
+                sizes = [epochs.lengths[number] for number in part]
+                rows = packed_rows(sizes, capacity)
+                longest = max(sum(sizes[place] for place in row) for row in rows)
+                for power in (2, 1):
+                    best[power] = max(best.get(power, (0, part)), (len(rows) * longest**power, part), key=itemgetter(0))
+            step, seen = step + 1, seen + len(batch)
+        epoch += 1
+    return [list(part) for part in dict.fromkeys(tuple(part) for _, part in best.values())]
 
 
 def sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
