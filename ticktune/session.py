@@ -30,7 +30,7 @@ from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
-from ticktune.patch.standins import Around, Checkpointed, Compiled, layers_of, places_of, standing_in
+from ticktune.patch.standins import Around, Checkpointed, Compiled, find_prefix, layers_of, places_of, standing_in
 from ticktune.patch.wide import Wide
 from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
@@ -45,7 +45,7 @@ from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
 from ticktune.train.packing import packed_pair, packing_obstacle
-from ticktune.train.prefix import NUMBERS, PrefixCache
+from ticktune.train.prefix import NUMBERS, PrefixCache, refuse_dropout
 from ticktune.train.steps import StepReport, train_steps, try_step
 from ticktune.versions import versions
 
@@ -157,15 +157,33 @@ def build_prefix_cache(prepared: Prepared, model: nn.Module) -> PrefixCache | No
     if recipe.training.prefix_cache == "off":
         return None
     keeps_dropout = recipe.base.dropout == "keep"
-    try:
+    with _cannot_be_kept(prepared.loaded):
         return PrefixCache(
             model, prepared.task, prepared.examples["train"], prepared.compute, base_dropout=keeps_dropout
         )
+
+
+def check_prefix_cache(loaded: LoadedRecipe, model: nn.Module) -> None:
+    """Refuses what :func:`build_prefix_cache` refuses, as far as a model without weights shows it.
+
+    Raises:
+        RecipeError: No lower layers are frozen, or their dropout acts.
+    """
+    if loaded.recipe.training.prefix_cache == "off":
+        return
+    with _cannot_be_kept(loaded):
+        refuse_dropout(find_prefix(model), base_dropout=loaded.recipe.base.dropout == "keep")
+
+
+@contextmanager
+def _cannot_be_kept(loaded: LoadedRecipe) -> Iterator[None]:
+    try:
+        yield
     except PatchError as error:
         [problem] = error.problems
         raise RecipeError(
             f"hidden states of this run cannot be kept: {problem.message}",
-            where=prepared.loaded.where("training.prefix_cache"),
+            where=loaded.where("training.prefix_cache"),
             fix=problem.fix or "set training.prefix_cache: off",
         ) from error
 
