@@ -597,7 +597,13 @@ class Session:
             return
         self._work = f"evaluating after step {progress.step}, {self.evaluation_batch} rows at once"
         metrics = score(
-            self.model, self.prepared.task, examples, self.compute, self.evaluation_batch, self.signals.poll
+            self.model,
+            self.prepared.task,
+            examples,
+            self.compute,
+            self.evaluation_batch,
+            self.signals.poll,
+            fast=self.recipe.training.fast,
         )
         entry = {"step": progress.step, "split": "validation", "metrics": metrics}
         progress.history.append(entry)
