@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ticktune.console import Console, Progress, clean, clean_lines, duration, figure, table_of
+from ticktune.console import Console, Progress, clean, clean_lines, duration, figure, size_text, table_of
 from ticktune.errors import DataError, Interrupted, Problem, RecipeError, TicktuneError
 
 
@@ -221,3 +221,10 @@ def test_progress_on_a_terminal_does_not_read_markup(monkeypatch: pytest.MonkeyP
         bar.note("[bold]x\x07")
     assert "[bold]x\\x07" in stream.getvalue()
     assert "loss [red]1" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0.0 kB"), (48_128, "48.1 kB"), (2_500_000, "2.5 MB"), (5_000_000_000, "5.0 GB")]
+)
+def test_bytes_are_shown_in_a_unit_of_their_size(count: int, shown: str) -> None:
+    assert size_text(count) == shown

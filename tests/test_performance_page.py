@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from benchmarks import accuracy, loss, speed, tick_tax
+import transformers
+
+from benchmarks import accuracy, inference, loss, speed, tick_tax
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,3 +44,19 @@ def test_the_time_to_accuracy_is_made_of_the_results() -> None:
     document = json.loads(accuracy.RESULTS.read_text(encoding="utf-8"))
     assert {run["contender"] for run in document["runs"]} == accuracy.GRID.keys()
     assert accuracy.page_with(document) == page
+
+
+def test_the_section_on_merged_models_is_made_of_the_results() -> None:
+    document = json.loads(inference.RESULTS.read_text(encoding="utf-8"))
+    assert document["shapes"].keys() == inference.SHAPES.keys()
+    assert inference.page_with(document) == inference.PAGE.read_text(encoding="utf-8")
+
+
+def test_a_merged_model_multiplies_by_its_wider_blocks_and_no_more() -> None:
+    """Two FLOPs for each weight and token: two projections in BERT's block, three in Llama's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    for kind, projections in ((transformers.BertConfig, 2), (transformers.LlamaConfig, 3)):
+        config = kind(vocab_size=64, **sizes)
+        ids = inference.batch_of(config, 2, 5)
+        more = inference.counted(config, 64, ids) - inference.counted(config, 0, ids)
+        assert more == 2 * 5 * 3 * projections * 2 * 32 * 64

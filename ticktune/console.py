@@ -193,6 +193,12 @@ def figure(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.4g}"
 
 
+def size_text(count: int) -> str:
+    """A number of bytes for a person, in kB, MB or GB."""
+    unit, name = next(((10**n, name) for n, name in ((9, "GB"), (6, "MB")) if count >= 10**n), (1000, "kB"))
+    return f"{count / unit:.1f} {name}"
+
+
 def table_of(figures: Iterable[tuple[str, float]]) -> list[list[str]]:
     """Rows of a two-column table of named figures."""
     return [["metric", "value"], *([name, figure(value)] for name, value in figures)]

@@ -12,7 +12,8 @@ from torch import nn
 from ticktune.data.batches import sorted_batches
 from ticktune.data.encode import Encoded
 from ticktune.device import Compute
-from ticktune.tasks.task import Batch, Task
+from ticktune.tasks.task import Batch, Task, update_tokens
+from ticktune.train.head_loss import Head, find_head, logits_in_parts
 
 
 def score(
@@ -22,10 +23,13 @@ def score(
     compute: Compute,
     batch_size: int,
     poll: Callable[[], None] = lambda: None,
+    *,
+    fast: bool = True,
 ) -> dict[str, float]:
     """Computes a task's metrics over all examples, each exactly once.
 
-    The model's training mode is restored, and no random number is drawn.
+    The model's training mode is restored, and no random number is drawn. Logits of all positions are made only where
+    the metrics need them, or the model's head is not proved.
 
     Args:
         model: With or without ticks.
@@ -34,21 +38,35 @@ def score(
         compute: Device and precision.
         batch_size: Examples in a forward pass.
         poll: Called before each batch, so that a signal is noticed.
+        fast: Whether tokens are scored without the logits of all positions.
 
     Returns:
         Metric name -> value; a metric that is not defined on these rows is NaN.
     """
     metrics = task.metrics().to(compute.device)
     with _frozen(model):
+        head = _proved_head(model, task, examples, compute) if fast and task.scores_tokens else None
         for numbers in sorted_batches(examples.lengths, batch_size):
             poll()
             batch = compute.put(task.collate(examples.take(numbers)))
-            with compute.autocast():
-                outputs = task.forward(model, batch)
-            task.update(metrics, task.logits(outputs), batch)
+            if head is None:
+                with compute.autocast():
+                    outputs = task.forward(model, batch)
+                task.update(metrics, task.logits(outputs), batch)
+            else:
+                with compute.autocast():
+                    for logits, targets in logits_in_parts(model, task, batch, head):
+                        update_tokens(metrics, logits, targets)
             with compute.autocast():
                 task.update_by_generation(metrics, model, batch)
     return compute_metrics(metrics)
+
+
+def _proved_head(model: nn.Module, task: Task, examples: Encoded, compute: Compute) -> Head | None:
+    shortest = min(range(len(examples)), key=examples.lengths.__getitem__)  # the proof makes all its logits
+    batch = compute.put(task.collate(examples.take([shortest])))
+    head = find_head(model, task, batch, compute, for_training=False)
+    return head if isinstance(head, Head) else None
 
 
 def compute_metrics(metrics: Any) -> dict[str, float]:

@@ -19,7 +19,7 @@ from ticktune.base import (
     weight_files,
     without_weights,
 )
-from ticktune.console import Console
+from ticktune.console import Console, size_text
 from ticktune.device import mix
 from ticktune.export.widen import block_obstacle, merge_obstacle
 from ticktune.files import save_picture
@@ -31,6 +31,7 @@ from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.quantize import saved_bytes
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Recipe
+from ticktune.session import check_prefix_cache
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # A trained parameter, its gradient and AdamW's two averages, all float32.
@@ -63,6 +64,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console, *, draw: Path | None 
         experts=recipe.ticks.experts,
         unshare=recipe.ticks.unshare,
     )
+    check_prefix_cache(loaded, model)
     record = attachment_of(model)
     obstacle = merge_obstacle(record.layout, record.plan)
     counts = Counter[str]()
@@ -120,7 +122,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console, *, draw: Path | None 
         ],
         ["merges", f"no: {obstacle}" if obstacle else "yes, exactly"],
         ["device", f"{prepared.compute.device}, {prepared.compute.precision}, base held in {prepared.dtype}{how}"],
-        ["memory", f"{memory / 1e6:.0f} MB for weights and optimizer; activations come on top"],
+        ["memory", f"{size_text(memory)} for weights and optimizer; activations come on top"],
     ]
     rows += [[f"example: {kind}", _short(text)] for kind, text in pieces]
     rows += [] if drawing is None else [["example: picture", str(drawing)]]
@@ -190,7 +192,7 @@ def inspect_base(name: str, console: Console, *, revision: str | None = None, di
         ],
         [
             "memory",
-            f"{_size(memory['frozen'])} for the frozen base, {_size(memory['trained'])} for what is trained "
+            f"{size_text(memory['frozen'])} for the frozen base, {size_text(memory['trained'])} for what is trained "
             "(weights, gradients, AdamW); activations come on top",
         ],
         ["task head", ", ".join(head) or "none"],
@@ -339,10 +341,6 @@ def _norm_rows(layout: Layout) -> list[list[str]]:
 def _activation_name(ffn: Ffn) -> str:
     name: str = getattr(ffn.act, "__name__", type(ffn.act).__name__)
     return name.removesuffix("Activation")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _layout_facts(layout: Layout) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ticktune.base import (
     stored_dtype,
     stored_quantization,
 )
-from ticktune.console import Console, duration, figure, table_of
+from ticktune.console import Console, duration, figure, size_text, table_of
 from ticktune.data.read import Rows
 from ticktune.errors import (
     DataError,
@@ -64,7 +64,7 @@ from ticktune.recipe.schema import Recipe
 from ticktune.registry import TASKS
 from ticktune.remarks import say_bad_rows, say_report
 from ticktune.rows import drift_from_training, evaluation_rows, evidence_of, prediction_rows
-from ticktune.session import Session, begin, build_prefix_cache, build_wide, check_packing, recipe_identity
+from ticktune.session import Schedule, Session, begin, build_prefix_cache, build_wide, check_packing, recipe_identity
 from ticktune.signals import Signals, StopAsked, watched_signals
 
 _PREDICT_BATCH = 32
@@ -120,6 +120,7 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
     torch.use_deterministic_algorithms(recipe.training.deterministic)
     try:
         prepared = prepare(loaded, console, signals.poll)
+        plan = Schedule.of(recipe.training, prepared.examples["train"].lengths, signals.poll)
         model, fresh = load_trainable(prepared)
         signals.poll()
     except StopAsked as stop:
@@ -144,7 +145,7 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
     if restart:  # not before: a bad row must not cost the run that it would have replaced
         _forget(run)
     begin(prepared, model, run, console)
-    Session(prepared, model, run, console, signals, cache, wide).go()
+    Session(prepared, plan, model, run, console, signals, cache, wide).go()
 
 
 def attach_as(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> None:
@@ -356,7 +357,7 @@ def _export_adapter(target: Target, console: Console, output: Path | None, force
     size = sum(f.stat().st_size for f in place.iterdir())
     console.result(
         {"adapter": str(place), "bytes": size, "verified": True},
-        [["adapter", "size", "verified"], [str(place), f"{size / 1e6:.1f} MB", "yes"]],
+        [["adapter", "size", "verified"], [str(place), size_text(size), "yes"]],
     )
 
 

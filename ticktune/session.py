@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ticktune import checkpoint
 from ticktune.adapter import describe_adapter, shapes_fingerprint, write_adapter
 from ticktune.base import fingerprint, stored_quantization, without_weights
-from ticktune.console import Console, figure
-from ticktune.data.batches import Epochs, micro_batches, packed_rows, sorted_batches
+from ticktune.console import Console, figure, size_text
+from ticktune.data.batches import Epochs, largest_packed, largest_padded, micro_batches, packed_rows
 from ticktune.device import Compute, describe, is_out_of_memory, mix
 from ticktune.errors import (
     BaseModelError,
@@ -30,7 +30,7 @@ from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
-from ticktune.patch.standins import Around, Checkpointed, Compiled, layers_of, places_of, standing_in
+from ticktune.patch.standins import Around, Checkpointed, Compiled, find_prefix, layers_of, places_of, standing_in
 from ticktune.patch.wide import Wide
 from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
@@ -45,7 +45,7 @@ from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
 from ticktune.train.packing import packed_pair, packing_obstacle
-from ticktune.train.prefix import NUMBERS, PrefixCache
+from ticktune.train.prefix import NUMBERS, PrefixCache, refuse_dropout
 from ticktune.train.steps import StepReport, train_steps, try_step
 from ticktune.versions import versions
 
@@ -126,9 +126,15 @@ class Schedule:
     total: int
 
     @classmethod
-    def of(cls, training: Training, lengths: Sequence[int]) -> "Schedule":
-        """The schedule of a recipe over training examples of some lengths; 3 epochs where it says nothing."""
-        epochs = Epochs(lengths, training.batch_size, training.batch_tokens, training.seed, training.packing)
+    def of(cls, training: Training, lengths: Sequence[int], poll: Callable[[], None] = lambda: None) -> "Schedule":
+        """The schedule of a recipe over training examples of some lengths; 3 epochs where it says nothing.
+
+        Args:
+            training: Of the recipe.
+            lengths: Of the training examples.
+            poll: Called before each epoch whose batches are counted: a tenth of a second for a million examples.
+        """
+        epochs = Epochs(lengths, training.batch_size, training.batch_tokens, training.seed, training.packing, poll)
         return cls(epochs, training.steps if training.steps is not None else epochs.end((training.epochs or 3) - 1))
 
     def due(self, step: int, every: Any) -> bool:
@@ -151,15 +157,33 @@ def build_prefix_cache(prepared: Prepared, model: nn.Module) -> PrefixCache | No
     if recipe.training.prefix_cache == "off":
         return None
     keeps_dropout = recipe.base.dropout == "keep"
-    try:
+    with _cannot_be_kept(prepared.loaded):
         return PrefixCache(
             model, prepared.task, prepared.examples["train"], prepared.compute, base_dropout=keeps_dropout
         )
+
+
+def check_prefix_cache(loaded: LoadedRecipe, model: nn.Module) -> None:
+    """Refuses what :func:`build_prefix_cache` refuses, as far as a model without weights shows it.
+
+    Raises:
+        RecipeError: No lower layers are frozen, or their dropout acts.
+    """
+    if loaded.recipe.training.prefix_cache == "off":
+        return
+    with _cannot_be_kept(loaded):
+        refuse_dropout(find_prefix(model), base_dropout=loaded.recipe.base.dropout == "keep")
+
+
+@contextmanager
+def _cannot_be_kept(loaded: LoadedRecipe) -> Iterator[None]:
+    try:
+        yield
     except PatchError as error:
         [problem] = error.problems
         raise RecipeError(
             f"hidden states of this run cannot be kept: {problem.message}",
-            where=prepared.loaded.where("training.prefix_cache"),
+            where=loaded.where("training.prefix_cache"),
             fix=problem.fix or "set training.prefix_cache: off",
         ) from error
 
@@ -207,6 +231,7 @@ class Session:
 
     Args:
         prepared: Rows, task and base.
+        plan: How the run divides into steps.
         model: With ticks.
         run: The run's folder, locked.
         console: Where to print.
@@ -218,6 +243,7 @@ class Session:
     def __init__(
         self,
         prepared: Prepared,
+        plan: Schedule,
         model: nn.Module,
         run: RunFolder,
         console: Console,
@@ -225,8 +251,9 @@ class Session:
         cache: PrefixCache | None = None,
         wide: Wide | None = None,
     ) -> None:
-        self.prepared, self.model, self.run, self.console, self.signals = (
+        self.prepared, self.plan, self.model, self.run, self.console, self.signals = (
             prepared,
+            plan,
             model,
             run,
             console,
@@ -236,7 +263,6 @@ class Session:
         self.compute: Compute = prepared.compute
         self.optimizer = build_optimizer(adapter_parameters(model), self.recipe.optimizer)
         self.scaler = self.compute.scaler()
-        self.plan = Schedule.of(self.recipe.training, prepared.examples["train"].lengths)
         self.progress = checkpoint.Progress()
         self.best: dict[str, Tensor] | None = None
         row = TASKS[self.recipe.task]
@@ -387,40 +413,48 @@ class Session:
         return timed(lambda: step(None), lambda: step(wide), self.compute.device)
 
     def _try_longest(self) -> None:
-        """Tries a micro-batch of the longest rows, so that a lack of memory shows before anything is computed."""
-        examples, task = self.prepared.examples["train"], self.prepared.task
-        tokens = self.recipe.training.batch_tokens
-        count = self.micro_batch_size
-        if tokens is not None:
-            count = min(count, max(1, tokens // max(examples.lengths)))
-        numbers = next(iter(sorted_batches(examples.lengths, count)))
-        self._work = f"trying the longest rows, {self._described(numbers)}"
-        training = self.recipe.training
+        """Tries the largest micro-batches, so that a lack of memory shows before anything is computed."""
+        training, lengths = self.recipe.training, self.prepared.examples["train"].lengths
+        if training.packing:
+            tried = largest_packed(
+                self.plan.epochs,
+                self.plan.total,
+                self.micro_batch_size,
+                self.recipe.data.max_length,
+                self.signals.poll,
+            )
+        else:
+            tried = largest_padded(lengths, self.micro_batch_size, training.batch_tokens)
         measures = training.gradient_checkpointing and not training.compile
-        try_step(
-            self.model,
-            task,
-            self._collate(numbers, self.recipe.training.seed),
-            self.optimizer,
-            self.scaler,
-            self.compute,
-            base_dropout=self.recipe.base.dropout == "keep",
-            loss_of=self.loss_of,
-            around=self._measured if measures else self._around,
-        )
-        if self._activations is not None:
-            kept = self._activations
+        found: list[tuple[Activations, list[int]]] = []
+        for numbers in tried:
+            self._work = f"trying the longest rows, {self._described(numbers)}"
+            try_step(
+                self.model,
+                self.prepared.task,
+                self._collate(numbers, training.seed),
+                self.optimizer,
+                self.scaler,
+                self.compute,
+                base_dropout=self.recipe.base.dropout == "keep",
+                loss_of=self.loss_of,
+                around=self._measured if measures else self._around,
+            )
+            if self._activations is not None:
+                found.append((self._activations, numbers))
+        if found:
+            kept, numbers = max(found, key=lambda each: each[0].checkpointed)
             self.run.update(
                 activations={
                     "rows": len(numbers),
-                    "length": examples.lengths[numbers[0]],
+                    "length": max(lengths[number] for number in numbers),
                     "bytes": kept.checkpointed,
                     "bytes_without_checkpointing": kept.plain,
                 }
             )
             self.console.note(
-                f"gradient checkpointing keeps {kept.checkpointed / 1e6:.1f} MB of activations instead of "
-                f"{kept.plain / 1e6:.1f} MB, for {self._described(numbers)}"
+                f"gradient checkpointing keeps {size_text(kept.checkpointed)} of activations instead of "
+                f"{size_text(kept.plain)}, for {self._described(numbers)}"
             )
 
     @contextmanager
@@ -563,7 +597,13 @@ class Session:
             return
         self._work = f"evaluating after step {progress.step}, {self.evaluation_batch} rows at once"
         metrics = score(
-            self.model, self.prepared.task, examples, self.compute, self.evaluation_batch, self.signals.poll
+            self.model,
+            self.prepared.task,
+            examples,
+            self.compute,
+            self.evaluation_batch,
+            self.signals.poll,
+            fast=self.recipe.training.fast,
         )
         entry = {"step": progress.step, "split": "validation", "metrics": metrics}
         progress.history.append(entry)

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from ticktune.data.batches import Epochs, epoch_batches, micro_batches, packed_rows, sorted_batches, split_rows
+from ticktune.data.batches import (
+    Epochs,
+    count_batches,
+    epoch_batches,
+    largest_packed,
+    largest_padded,
+    micro_batches,
+    packed_rows,
+    sorted_batches,
+    split_rows,
+)
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 1000).tolist()
 
@@ -134,3 +144,96 @@ def test_tokens_of_packed_examples_are_theirs_alone() -> None:
     assert sorted(i for batch in batches for i in batch) == list(range(1000))
     assert max(sums) <= 800
     assert np.median(sums) > 600
+
+
+def filled_one_by_one(order: list[int], tokens: int, packed: bool) -> list[list[int]]:
+    """What :func:`epoch_batches` does with a chunk, example by example."""
+    batches: list[list[int]] = []
+    for number in order:
+        last = [*batches[-1], number] if batches else [number]
+        lengths = [LENGTHS[i] for i in last]
+        if not batches or (sum(lengths) if packed else len(last) * lengths[-1]) > tokens:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 150, 800, 3000, 300_000])
+def test_batches_of_tokens_are_filled_one_example_after_the_other(tokens: int, packed: bool) -> None:
+    rng = np.random.default_rng([1, 2])
+    order, chunk = rng.permutation(1000).tolist(), max(1, int(tokens / np.mean(LENGTHS))) * 50
+    expected = []
+    for start in range(0, 1000, chunk):
+        part = order[start : start + chunk]
+        cut = filled_one_by_one(part if packed else sorted(part, key=LENGTHS.__getitem__), tokens, packed)
+        expected += [cut[i] for i in rng.permutation(len(cut))]
+    assert epoch_batches(LENGTHS, None, seed=1, epoch=2, tokens=tokens, packed=packed) == expected
+    assert count_batches(LENGTHS, seed=1, epoch=2, tokens=tokens, packed=packed) == len(expected)
+
+
+def test_steps_of_many_epochs_are_counted_without_their_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Epochs(LENGTHS, None, 800, seed=1).end(2)
+    monkeypatch.setattr("ticktune.data.batches.epoch_batches", None)
+    asked = list[int]()
+    assert Epochs(LENGTHS, None, 800, seed=1, poll=lambda: asked.append(1)).end(2) == expected
+    assert len(asked) == 3
+
+
+def test_a_signal_is_noticed_while_steps_are_counted() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        Epochs(LENGTHS, None, 800, seed=1, poll=stop).find(10_000)
+
+
+def padded_sizes(part: list[int]) -> tuple[int, int]:
+    longest = max(LENGTHS[i] for i in part)
+    return len(part) * longest**2, len(part) * longest
+
+
+def packed_sizes(part: list[int]) -> tuple[int, int]:
+    rows = packed_rows([LENGTHS[i] for i in part], 256)
+    longest = max(sum(LENGTHS[part[place]] for place in row) for row in rows)
+    return len(rows) * longest**2, len(rows) * longest
+
+
+def largest_of(sizes: list[tuple[int, int]]) -> tuple[int, ...]:
+    return tuple(map(max, zip(*sizes, strict=True)))
+
+
+@pytest.mark.parametrize(("batch_size", "tokens", "size"), [(32, None, 32), (32, None, 7), (None, 512, 7)])
+def test_no_micro_batch_is_larger_than_those_that_are_tried(
+    batch_size: int | None, tokens: int | None, size: int
+) -> None:
+    epochs = Epochs(LENGTHS, batch_size, tokens, seed=1)
+    tried = largest_of([padded_sizes(part) for part in largest_padded(LENGTHS, size, tokens)])
+    occur = [padded_sizes(p) for epoch in range(30) for b in epochs.batches(epoch) for p in micro_batches(b, size)]
+    assert all(a >= b for a, b in zip(tried, largest_of(occur), strict=True))
+
+
+def test_of_batches_of_tokens_more_than_the_longest_rows_is_tried() -> None:
+    # One row of 300, or two of 250 tokens: 500 of 512, and more pairs of tokens too.
+    assert largest_padded([10, 250, 300, 250, 10], 5, 512) == [[1, 3]]
+    # 20 of 25 tokens, or one of 300.
+    assert largest_padded([25] * 30 + [300], 50, 512) == [[30], list(range(20))]
+    assert largest_padded([3, 9, 1, 9, 4], 2) == [[1, 3]]
+    assert largest_padded([30, 20, 10], 5, 25) == [[0]]  # a longer one is a batch of its own
+
+
+@pytest.mark.parametrize(("batch_size", "tokens", "size"), [(32, None, 32), (None, 1024, 1000), (None, 1024, 9)])
+def test_no_packed_micro_batch_is_larger_than_those_that_are_tried(
+    batch_size: int | None, tokens: int | None, size: int
+) -> None:
+    epochs = Epochs(LENGTHS, batch_size, tokens, seed=1, packed=True)
+    steps = epochs.end(10)
+    occur = [packed_sizes(p) for epoch in range(11) for b in epochs.batches(epoch) for p in micro_batches(b, size)]
+    tried = [packed_sizes(part) for part in largest_packed(epochs, steps, size, 256)]
+    assert largest_of(tried) == largest_of(occur)
+    polls = list[int]()
+    largest_packed(epochs, 5, size, 256, lambda: polls.append(1))
+    assert len(polls) == 5  # no step is looked at that is not taken

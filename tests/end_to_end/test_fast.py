@@ -111,6 +111,20 @@ def test_packed_rows_train_on_the_same_examples_in_a_step(work: Path, ticktune: 
     assert record(run)["steps"] == 6
 
 
+def test_a_signal_while_steps_are_counted_stops_before_the_first_one(work: Path, ticktune: Run) -> None:
+    counting = "TERM@ticktune.data.batches.count_batches#2"
+    stopped = train(ticktune, work, "counting", {"batch_tokens": 96}, counting, code=128 + signal.SIGTERM)
+    assert not (stopped / "run.json").exists()
+    train(ticktune, work, "counting", {"batch_tokens": 96})
+    assert adapter(stopped) == adapter(train(ticktune, work, "counted", {"batch_tokens": 96}))
+
+
+def test_what_is_tried_is_the_largest_micro_batch(work: Path, ticktune: Run) -> None:
+    """Two rows of 12 tokens, as the longest one, of 13, is alone in its batch."""
+    run = train(ticktune, work, "largest", {"batch_tokens": 24, "gradient_checkpointing": True, "epochs": 1})
+    assert (record(run)["activations"]["rows"], record(run)["activations"]["length"]) == (2, 12)
+
+
 def test_a_run_that_recorded_no_way_goes_on_by_the_plain_one(work: Path, ticktune: Run) -> None:
     """As one of a version that knew no other."""
     whole = train(ticktune, work, "before-whole", {"batch_size": 8, "fast": False})

@@ -71,20 +71,21 @@ def test_it_is_part_of_what_a_run_is(folder: Path) -> None:
     assert "training.prefix_cache: off -> memory" in " ".join(done.stderr.split())
 
 
+@pytest.mark.parametrize("verb", ["train", "inspect"])
 @pytest.mark.parametrize(
     ("words", "said", "fix"),
     [
         (("base.dropout=keep",), "the base's own dropout acts in its frozen layers", "set base.dropout: off"),
         (("norms.layers=all",), "the norm of the embeddings is trained", "set norms.layers: same"),
+        (("norms.layers=[0]",), "the lowest layer is trained", "set ticks.layers: last:N"),
         (("ticks.layers=all",), "no layer is frozen whose result could be kept", "set ticks.layers: last:N"),
     ],
 )
 def test_what_cannot_be_kept_is_a_recipe_error_and_leaves_nothing(
-    words: tuple[str, ...], said: str, fix: str, folder: Path
+    words: tuple[str, ...], said: str, fix: str, verb: str, folder: Path
 ) -> None:
-    done = launch(
-        "train", folder / "recipe.yaml", "training.prefix_cache=memory", "output=runs/refused", *words, cwd=folder
-    )
+    cached = ("training.prefix_cache=memory", "output=runs/refused")
+    done = launch(verb, folder / "recipe.yaml", *cached, *words, cwd=folder)
     text = " ".join(done.stderr.split())
     assert done.returncode == 2, text
     assert said in text

@@ -213,7 +213,11 @@ def accepted(folder: Path, text: str) -> Recipe:
         ),
         (
             HEAD + "data: {train: a}\ntraining: {batch_tokens: 100}\n",
-            Problem("expected at least data.max_length = 128, found 100", "r.yaml:4:12 training.batch_tokens"),
+            Problem(
+                "expected at least data.max_length = 128, found 100",
+                "r.yaml:4:12 training.batch_tokens",
+                "raise it to 128 or more, or lower data.max_length",
+            ),
         ),
         (
             HEAD.replace("text-classification", "causal-lm")

@@ -278,6 +278,40 @@ def test_a_word_that_is_not_among_the_choices_names_the_nearest(tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "fix"), [("true", "write memory or disk"), ("yes", "write memory or disk"), ("false", "write off")]
+)
+def test_a_switch_with_names_says_which_to_write(text: str, fix: str, tmp_path: Path) -> None:
+    key, message = "training.prefix_cache", f"expected off, memory or disk, found {text}"
+    written = BASE + f"training:\n  prefix_cache: {text}\n"
+    assert only_problem(tmp_path, written) == Problem(message, f"r.yaml:7:3 {key}", fix)
+    assert only_problem(tmp_path, BASE, f"{key}={text}") == Problem(message, f"command line: {key}", fix)
+    assert load(tmp_path, BASE + "training:\n  prefix_cache: off\n").recipe.training.prefix_cache == "off"
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("packing", "true or false"),
+        ("precision", "auto, fp32, bf16 or fp16"),
+        ("device", "text"),
+        ("seed", "a whole number"),
+    ],
+)
+@pytest.mark.parametrize(("text", "found"), [(" null", "null"), ("", "nothing")])
+def test_a_key_without_a_value_can_be_left_out(key: str, expected: str, text: str, found: str, tmp_path: Path) -> None:
+    assert only_problem(tmp_path, BASE + f"training:\n  {key}:{text}\n") == Problem(
+        f"expected {expected}, found {found}",
+        f"r.yaml:7:3 training.{key}",
+        "write a value, or leave the key out: it has a default",
+    )
+
+
+def test_a_key_that_is_needed_cannot_be_left_out(tmp_path: Path) -> None:
+    written = BASE.replace("some-model", "null")
+    assert only_problem(tmp_path, written) == Problem("expected text, found null", "r.yaml:3:3 base.model")
+
+
 @pytest.mark.parametrize("text", ["5", "5.5", "true", "1e-4"])
 def test_what_is_no_text_is_refused_as_text_with_a_hint_to_quote(tmp_path: Path, text: str) -> None:
     found = only_problem(tmp_path, BASE.replace("some-model", text))

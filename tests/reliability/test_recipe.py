@@ -139,7 +139,7 @@ def test_texts_stay_as_they_are_written(folder: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["1.10", "7", "1e5", "null"])
 def test_a_number_that_stands_for_text_must_be_quoted(folder: Path, text: str) -> None:
     instead(folder, "output: runs/tiny", f"output: {text}")
-    fix = (f'fix: quote it: "{text}"',) if text != "null" else ("found nothing",)
+    fix = (f'fix: quote it: "{text}"',) if text != "null" else ("found null",)
     refused(2, "train", "r.yaml", cwd=folder, said=("r.yaml:6:1 output: expected text", *fix))
 
 

@@ -1,6 +1,8 @@
 """The loss without logits: the plain loss and its gradients to rounding, and no tensor of all logits."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.models import HIDDEN, LAYERS, families, inputs, perturb
 from tests.training import CPU, CPU_FP16, causal_lm, optimizer_of, snapshot, steps
 from ticktune.device import Compute
+from ticktune.evaluate import score
 from ticktune.patch.attach import adapter_parameters, attach
 from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.masked_lm import MaskedLm
 from ticktune.tasks.next_item import NextItem
 from ticktune.tasks.seq2seq_lm import Seq2SeqLm
-from ticktune.tasks.task import IGNORED, Batch, Task, TaskOptions, token_loss
+from ticktune.tasks.task import IGNORED, Batch, Task, TaskOptions, token_loss, update_tokens
 from ticktune.train import head_loss
 from ticktune.train.head_loss import Head, find_head, linear_cross_entropy, plain_loss
 
@@ -359,3 +362,85 @@ def test_training_with_it_ends_with_the_same_weights(tiny_llama: Path) -> None:
     for key, plain in ends[0][1].items():
         moved = float((plain - before[key]).norm())
         assert float((ends[1][1][key] - plain).norm()) <= 1e-4 * moved + 1e-9, key
+
+
+# In evaluation
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One example for each row of a batch, which the task below puts together again."""
+
+    batch: Batch
+
+    @property
+    def lengths(self) -> list[int]:
+        return [int((row != IGNORED).sum()) for row in self.batch["labels"]]
+
+    def __len__(self) -> int:
+        return len(self.batch["labels"])
+
+    def take(self, numbers: list[int]) -> list[Any]:
+        return [{name: values[number] for name, values in self.batch.items()} for number in numbers]
+
+
+def _score(model: nn.Module, kind: str, batch: Batch, compute: Compute = CPU, **options: Any) -> dict[str, float]:
+    def collate(examples: list[Any], **_: Any) -> Batch:
+        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+    task = _task(kind, 0.1)
+    object.__setattr__(task, "collate", collate)
+    object.__setattr__(task, "update_by_generation", lambda *_: None)
+    rows: Any = _Rows(batch)
+    return {key: v for key, v in score(model, task, rows, compute, 3, **options).items() if not math.isnan(v)}
+
+
+@pytest.mark.parametrize("compute", [CPU, CPU_BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_of_all_logits(
+    name: str, trained: bool, compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, kind = _work(name)
+    model.get_output_embeddings().requires_grad_(trained)  # type: ignore[operator]
+    plain = _score(model, kind, batch, compute, fast=False)
+    parts: list[int] = []
+
+    def watched(metrics: Any, logits: Tensor, targets: Tensor) -> None:
+        parts.append(len(targets))
+        update_tokens(metrics, logits, targets)
+
+    monkeypatch.setattr("ticktune.evaluate.update_tokens", watched)
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 4)
+    found = _score(model, kind, batch, compute)
+    assert found.keys() == plain.keys() == {"perplexity", "token_accuracy", "loss"}
+    assert found == pytest.approx(plain, rel=1e-6 if compute is CPU else 1e-2)
+    assert found["token_accuracy"] == pytest.approx(plain["token_accuracy"], rel=1e-6)
+    targets = _task(kind).targets(batch)
+    assert targets is not None
+    assert sum(parts) == int((targets != IGNORED).sum())
+    assert max(parts) == 4
+
+
+def test_scores_are_those_of_the_whole_in_double_precision() -> None:
+    model, batch, kind = _work("llama")
+    with torch.no_grad():
+        logits = model.double()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    batch["labels"][0, 1:] = logits[0, :-1].argmax(-1)  # so that some are right
+    labels = _task(kind).targets(batch)
+    assert labels is not None
+    logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
+    loss = F.cross_entropy(logits, labels)
+    model.float()
+    expected = {"loss": loss, "perplexity": loss.exp(), "token_accuracy": (logits.argmax(-1) == labels).float().mean()}
+    assert expected["token_accuracy"] > 0.1
+    assert _score(model, kind, batch) == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5)
+
+
+def test_a_head_that_is_not_proved_is_scored_by_all_logits() -> None:
+    model, batch, kind = _work("llama")
+    expected = _score(model, kind, batch)
+    model.lm_head.register_forward_hook(lambda module, args, output: 9 * (9 * output).sin())  # type: ignore[union-attr]
+    found = _score(model, kind, batch)
+    assert found == _score(model, kind, batch, fast=False)
+    assert found != pytest.approx(expected, rel=1e-3)

@@ -1,13 +1,18 @@
 """Row order as a pure function of (seed, epoch); batches of about equal length, of so many rows or tokens."""
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 _CHUNK_BATCHES = 50
+_LOOKED_AT = 200_000  # examples: packing them takes a second or less
+
+_Numbers = np.ndarray[Any, Any]
 
 
 def epoch_batches(
@@ -33,41 +38,71 @@ def epoch_batches(
         tokens: The most tokens in a batch, padding among them; a longer example is a batch of its own.
         packed: Whether examples share rows: they are not sorted then, and ``tokens`` are theirs alone.
     """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    sizes = np.asarray(lengths)
+    rng, sizes = np.random.default_rng([seed, epoch]), np.asarray(lengths)
+    order, chunk = _order(rng, sizes, batch_size, tokens, packed)
     if batch_size is not None:
-        rows = batch_size
+        starts = np.arange(0, len(order), batch_size)
     else:
+        starts = _starts(sizes[order], chunk, int(tokens or 0), packed)
+    # Chunks begin where batches do.
+    firsts = np.searchsorted(starts, np.arange(0, len(order) + chunk, chunk)).tolist()
+    places = [first + i for first, end in pairwise(firsts) for i in rng.permutation(end - first).tolist()]
+    numbers, bounds = order.tolist(), [*starts.tolist(), len(order)]
+    return [numbers[bounds[place] : bounds[place + 1]] for place in places]
+
+
+def count_batches(lengths: Sequence[int], *, seed: int, epoch: int, tokens: int, packed: bool = False) -> int:
+    """How many batches :func:`epoch_batches` makes of so many tokens, without making them."""
+    rng, sizes = np.random.default_rng([seed, epoch]), np.asarray(lengths)
+    order, chunk = _order(rng, sizes, None, tokens, packed)
+    return len(_starts(sizes[order], chunk, tokens, packed))
+
+
+def _order(
+    rng: np.random.Generator, sizes: _Numbers, batch_size: int | None, tokens: int | None, packed: bool
+) -> tuple[_Numbers, int]:
+    """The examples shuffled, and, if they are not packed, sorted within chunks; and a chunk's length."""
+    rows = batch_size
+    if rows is None:
         assert tokens is not None
         rows = max(1, int(tokens / max(1.0, sizes.mean())))
-    batches: list[list[int]] = []
-    chunk = rows * _CHUNK_BATCHES
-    for start in range(0, len(order), chunk):
-        part = order[start : start + chunk]
-        if not packed:
-            part = part[np.argsort(sizes[part], kind="stable")]
-        if batch_size is not None:
-            cut = [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
+    order, chunk = rng.permutation(len(sizes)), rows * _CHUNK_BATCHES
+    if not packed:
+        whole = len(order) // chunk * chunk
+        for part in (order[:whole].reshape(-1, chunk), order[whole:].reshape(1, -1)):
+            part[:] = np.take_along_axis(part, np.argsort(sizes[part], axis=1, kind="stable"), axis=1)
+    return order, chunk
+
+
+def _starts(sizes: _Numbers, chunk: int, tokens: int, packed: bool) -> _Numbers:
+    """Where batches of at most so many tokens begin; each is filled before the next one is begun.
+
+    All chunks are cut side by side, as a loop over the examples takes a second for a million of them.
+
+    Args:
+        sizes: Of the examples in order, rising within chunks if they are not packed.
+        chunk: Examples in a chunk; no batch reaches over its end.
+        tokens: The most tokens in a batch, but for one longer example.
+        packed: Whether a batch holds the sum of its sizes, and not the largest size as often as it has examples.
+    """
+    sums = np.concatenate([[0], np.cumsum(sizes)])
+    here = np.arange(0, len(sizes), chunk)
+    ends = np.minimum(here + chunk, len(sizes))
+    found: list[_Numbers] = []
+    while len(here):
+        found.append(here)
+        if packed:
+            after = np.clip(np.searchsorted(sums, sums[here] + tokens, side="right") - 1, here + 1, ends)
         else:
-            cut = _filled(part, sizes[part], int(tokens or 0), packed)
-        batches += [cut[i] for i in rng.permutation(len(cut))]
-    return batches
-
-
-def _filled(
-    numbers: "np.ndarray[Any, Any]", sizes: "np.ndarray[Any, Any]", tokens: int, packed: bool
-) -> list[list[int]]:
-    """Cuts examples into batches of at most so many tokens; if they are not packed, each is as long as the last."""
-    batches: list[list[int]] = []
-    total = 0
-    for number, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
-        total = total + size if packed else (len(batches[-1]) + 1 if batches else 1) * size
-        if not batches or total > tokens:
-            batches.append([])
-            total = size
-        batches[-1].append(number)
-    return batches
+            # The first example with which the batch is too large, which it is with all behind it too.
+            after, high = here + 1, ends
+            while (open_ := after < high).any():
+                middle = (after + high) // 2
+                fits = (middle - here + 1) * sizes[np.minimum(middle, len(sizes) - 1)] <= tokens
+                after, high = np.where(open_ & fits, middle + 1, after), np.where(open_ & ~fits, middle, high)
+        goes_on = after < ends
+        here, ends = after[goes_on], ends[goes_on]
+    return np.sort(np.concatenate(found))
 
 
 def packed_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -102,6 +137,7 @@ class Epochs:
         tokens: The most tokens in a batch, or None.
         seed: The run's seed.
         packed: Whether examples share rows.
+        poll: Called before the batches of an epoch are counted, so that a signal is noticed.
     """
 
     lengths: Sequence[int]
@@ -109,6 +145,7 @@ class Epochs:
     tokens: int | None
     seed: int
     packed: bool = False
+    poll: Callable[[], None] = lambda: None
     _ends: list[int] = field(default_factory=list)
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -122,7 +159,12 @@ class Epochs:
         if self.batch_size is not None:
             return (epoch + 1) * -(-len(self.lengths) // self.batch_size)
         while len(self._ends) <= epoch:
-            self._ends.append(len(self.batches(len(self._ends))) + (self._ends[-1] if self._ends else 0))
+            self.poll()
+            assert self.tokens is not None
+            count = count_batches(
+                self.lengths, seed=self.seed, epoch=len(self._ends), tokens=self.tokens, packed=self.packed
+            )
+            self._ends.append(count + (self._ends[-1] if self._ends else 0))
         return self._ends[epoch]
 
     def find(self, step: int) -> tuple[int, int]:
@@ -139,6 +181,57 @@ class Epochs:
 def micro_batches(batch: Sequence[int], size: int) -> list[list[int]]:
     """Cuts a batch into parts of at most ``size``."""
     return [list(batch[i : i + size]) for i in range(0, len(batch), size)]
+
+
+def largest_padded(lengths: Sequence[int], size: int, tokens: int | None = None) -> list[list[int]]:
+    """The micro-batches that no other one exceeds, in whatever order the examples come.
+
+    Args:
+        lengths: Length of each example in tokens.
+        size: The most examples in a micro-batch.
+        tokens: The most tokens in a batch, padding among them, or None; a longer example is a batch of its own.
+
+    Returns:
+        That with the most pairs of tokens in a row, and, where it is another one, that with the most tokens: memory
+        grows with both. Without ``tokens`` the longest examples are both.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    sizes = np.maximum(np.asarray(lengths)[order], 1)
+    counts = np.minimum(size, np.arange(len(order), 0, -1))
+    if tokens is not None:
+        counts = np.minimum(counts, np.maximum(1, tokens // sizes))
+    places = dict.fromkeys(int(np.argmax(counts * weight)) for weight in (sizes * sizes, sizes))
+    return [order[place : place + counts[place]].tolist() for place in places]
+
+
+def largest_packed(
+    epochs: Epochs, steps: int, size: int, capacity: int, poll: Callable[[], None] = lambda: None
+) -> list[list[int]]:
+    """As :func:`largest_padded`, of packed examples: how full rows are depends on which examples meet.
+
+    Args:
+        epochs: The batches of a run.
+        steps: How many of them there are. Those of the first 200,000 examples or so are looked at.
+        size: The most examples in a micro-batch.
+        capacity: The most tokens in a row.
+        poll: Called before each batch, so that a signal is noticed.
+    """
+    best: dict[int, tuple[int, list[int]]] = {}
+    step = epoch = seen = 0
+    while step < steps and seen < _LOOKED_AT:
+        for batch in epochs.batches(epoch)[: steps - step]:
+            if seen >= _LOOKED_AT:
+                break
+            poll()
+            for part in micro_batches(batch, size):
+                sizes = [epochs.lengths[number] for number in part]
+                rows = packed_rows(sizes, capacity)
+                longest = max(sum(sizes[place] for place in row) for row in rows)
+                for power in (2, 1):
+                    best[power] = max(best.get(power, (0, part)), (len(rows) * longest**power, part), key=itemgetter(0))
+            step, seen = step + 1, seen + len(batch)
+        epoch += 1
+    return [list(part) for part in dict.fromkeys(tuple(part) for _, part in best.values())]
 
 
 def sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

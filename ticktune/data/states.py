@@ -9,6 +9,7 @@ from typing import IO, Literal
 import torch
 from torch import Tensor
 
+from ticktune.console import size_text
 from ticktune.data.store import cache_directory
 from ticktune.errors import ResourceError
 
@@ -37,8 +38,8 @@ class States:
         if kind == "memory":
             if size > LIMIT:
                 raise ResourceError(
-                    f"the hidden states of all rows take {size / 1e9:.1f} GB, and memory holds at most "
-                    f"{LIMIT / 1e9:.1f} GB of them",
+                    f"the hidden states of all rows take {size_text(size)}, and memory holds at most "
+                    f"{size_text(LIMIT)} of them",
                     where="training.prefix_cache",
                     fix="set training.prefix_cache: disk, or lower data.max_length",
                 )
@@ -48,9 +49,7 @@ class States:
             self._folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._folder).free
             if size > free:
-                raise self._full(
-                    f"the hidden states of all rows take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-                )
+                raise self._full(f"the hidden states of all rows take {size_text(size)}, {size_text(free)} are free")
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
         except OSError as error:
             raise self._full(f"cannot write here: {error.strerror}") from error

@@ -268,6 +268,8 @@ class LeanUnits:
         gate, up, self._gate, self._up = self._gate, self._up, None, None
         if up is None or not args[0].requires_grad or not can_replace() or drop_probability(self._dropout):
             return None
+        if args[0].is_meta:  # without values nothing can be compared
+            return None
         nodes = nodes_between(args[0], [up] if gate is None else [gate, up])
         if nodes is None:
             return None

@@ -2,7 +2,7 @@
 
 A norm keeps its class and its forward, so Gemma's (1 + w) and T5's norm without mean stay themselves. On this
 instance its parameters become float32 masters (a bfloat16 γ near 1 would round every usual update away), and
-its output returns in the dtype that the frozen norm would give.
+its output returns in the dtype that the frozen norm would give: that of its input.
 """
 
 from functools import partial
@@ -26,13 +26,13 @@ def train_norm(norm: nn.Module, *, fast: bool = False) -> list[Any]:
         The hook handles that undo the cast of its output.
     """
     has_hooks = bool(norm._forward_hooks)
-    frozen = norm.get_parameter(own_parameters(norm)[0]).dtype
     for name in own_parameters(norm):
         stored = norm.get_parameter(name)
         setattr(norm, name, nn.Parameter(stored.detach().float().clone()))
+    cast = _Cast()
     return [
-        norm.register_forward_pre_hook(_as_the_kernel_needs),
-        norm.register_forward_hook(partial(_in_frozen_dtype, frozen)),
+        norm.register_forward_pre_hook(cast.before),
+        norm.register_forward_hook(cast.after),
         *(_lean(norm) if fast and not has_hooks else ()),
     ]
 
@@ -63,21 +63,34 @@ def own_parameters(norm: nn.Module) -> list[str]:
     return names
 
 
-def _as_the_kernel_needs(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    # Only the CPU's kernel of layer_norm takes an input and parameters of two dtypes: half precision and float32.
-    x = args[0] if args else None
-    if not isinstance(norm, nn.LayerNorm) or not isinstance(x, Tensor) or _in_autocast(x):
-        return None
-    if x.dtype == norm.weight.dtype or (x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)):
-        return None
-    return (x.to(norm.weight.dtype), *args[1:])
+class _Cast:
+    """Gives a norm's kernel what it needs, and its output the dtype of its input.
 
+    The input says the dtype at each call: a model can be converted after ticks were attached.
+    """
 
-def _in_frozen_dtype(frozen: torch.dtype, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    if isinstance(norm, nn.LayerNorm):
-        # Under autocast the frozen norm and this one run the same kernel and return the same dtype.
-        return output if _in_autocast(output) else output.to(frozen)
-    return output.to(args[0].dtype) if args else output
+    def __init__(self) -> None:
+        self._dtype: torch.dtype | None = None
+
+    # Bound methods, not closures: a deep copy of the model then has its own.
+    def before(self, norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0] if args else None
+        self._dtype = x.dtype if isinstance(x, Tensor) else None
+        # Only the CPU's kernel of layer_norm takes an input and parameters of two dtypes: half precision and float32.
+        if not isinstance(norm, nn.LayerNorm) or not isinstance(x, Tensor) or _in_autocast(x):
+            return None
+        if x.dtype == norm.weight.dtype or (
+            x.device.type == "cpu" and norm.weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+        ):
+            return None
+        return (x.to(norm.weight.dtype), *args[1:])
+
+    def after(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        dtype, self._dtype = self._dtype, None
+        # Under autocast the frozen layer_norm and this one run the same kernel and return the same dtype.
+        if dtype is None or (isinstance(norm, nn.LayerNorm) and _in_autocast(output)):
+            return output
+        return output.to(dtype)
 
 
 def _with_lean_backward(

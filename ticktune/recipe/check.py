@@ -140,6 +140,7 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
         wrong(
             "training.batch_tokens",
             f"expected at least data.max_length = {recipe.data.max_length}, found {training.batch_tokens}",
+            f"raise it to {recipe.data.max_length} or more, or lower data.max_length",
         )
     if training.batch_size is not None and (training.micro_batch_size or 0) > training.batch_size:
         wrong(

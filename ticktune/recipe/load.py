@@ -414,25 +414,39 @@ def _problem(tree: Tree, detail: Any) -> Problem:
             "pip install --upgrade ticktune",
         )
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(found), re.findall(r"'([^']*)'", context["expected"]), 1)
-        fix = f"did you mean {near[0]}?" if near else ""
         expected = context["expected"].replace("'", "")
+        fix = _named(path, found, re.findall(r"'([^']*)'", context["expected"]))
         return Problem(f"expected {expected}, found {_shown(tree, path, found)}", where, fix)
     expected, fix = _expected(kind, context)
     mark = tree.marks.get(path)
-    if (
-        kind.startswith("string")
-        and mark
-        and not mark.quoted
-        and found is not None
-        and not isinstance(found, str | dict | list)
-    ):
+    if found is None:
+        fix = _not_null(path) or fix
+    elif kind.startswith("string") and mark and not mark.quoted and not isinstance(found, str | dict | list):
         fix = f'quote it: "{mark.text}"'
     elif kind.startswith(("int", "float")) and isinstance(found, str):
         fix = "remove the quotes" if mark and mark.quoted and _FLOAT.fullmatch(found) else fix
     elif kind.startswith("bool") and isinstance(found, str):
         fix = "write true or false"
     return Problem(f"expected {expected}, found {_shown(tree, path, found)}", where, fix)
+
+
+def _named(path: Path_, found: Any, names: list[str]) -> str:
+    """How one of some names is written, instead of what was found."""
+    if found is None:
+        return _not_null(path)
+    word = str(found).lower()
+    if "off" in names and word in ("true", "yes", "on"):
+        return f"write {' or '.join(name for name in names if name != 'off')}"
+    if "off" in names and word in ("false", "no"):
+        return "write off"
+    near = difflib.get_close_matches(str(found), names, 1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def _not_null(path: Path_) -> str:
+    model = _model_at(path[:-1])
+    info = model.model_fields.get(str(path[-1])) if model else None
+    return "write a value, or leave the key out: it has a default" if info and not info.is_required() else ""
 
 
 def _expected(kind: str, context: dict[str, Any]) -> tuple[str, str]:
@@ -467,12 +481,14 @@ def _shown(tree: Tree, path: Path_, found: Any) -> str:
     mark = tree.marks.get(path)
     if isinstance(found, list) and found and not any(isinstance(item, dict | list) for item in found):
         text = f"[{', '.join(map(str, found))}]"
-    elif isinstance(found, dict | list) or found is None:
+    elif isinstance(found, dict | list):
         text = _kind(found)
+    elif found is None:
+        text = "null" if tree.is_from_command_line(path) or (mark and mark.text) else _kind(None)
     elif mark and not tree.is_from_command_line(path) and (mark.text or mark.quoted):
         text = f'"{mark.text}"' if mark.quoted else mark.text
     else:
-        text = str(found)
+        text = str(found).lower() if isinstance(found, bool) else str(found)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 

@@ -400,9 +400,9 @@ class Training(Section):
     """Seed of the initial values, the row order and dropout."""
     fast: bool = True
     """Ways of computing that are faster or keep less, and agree with the plain ones to rounding: the loss of language
-    models without their logits; less kept for the backward pass of gated units, activations and norms without mean; Q
-    and U of a gated tick in one product. false: the plain ones; packing, prefix_cache, ffn and compile must be off
-    then."""
+    models without their logits, and their scores in evaluation; less kept for the backward pass of gated units,
+    activations and norms without mean; Q and U of a gated tick in one product. false: the plain ones; packing,
+    prefix_cache, ffn and compile must be off then."""
 
 
 class Generate(Section):

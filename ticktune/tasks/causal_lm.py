@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from ticktune.errors import BaseModelError, DataError, RecipeError, first_line
 from ticktune.limits import limited
 from ticktune.tasks.answers import find_answer, is_same
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, token_loss
+from ticktune.tasks.task import (
+    IGNORED,
+    Batch,
+    EncodingReport,
+    Example,
+    Row,
+    Task,
+    TaskOptions,
+    best_of,
+    token_loss,
+    update_tokens,
+)
 
 _MAX_RENDERED = 10_000_000  # characters; a template that makes more is broken or hostile
 # One conversation takes milliseconds.
@@ -62,6 +73,7 @@ class CausalLm(NextToken):
     name: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
     default_metric: str = "perplexity"
+    scores_tokens: ClassVar[bool] = True
     cut: ClassVar[str] = "the beginning of the prompt, or the end of the response or conversation"
 
     def row_of(self, text: str) -> Row:
@@ -180,10 +192,7 @@ class CausalLm(NextToken):
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross entropy of the next token, summed over the learned tokens."""
-        return self._loss(outputs.logits, batch, self.options.label_smoothing)
-
-    def _loss(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-        return token_loss(logits[:, :-1], batch["labels"][:, 1:], smoothing)
+        return token_loss(outputs.logits[:, :-1], batch["labels"][:, 1:], self.options.label_smoothing)
 
     def metrics(self) -> Any:
         """Metrics of torchmetrics over the learned tokens, and over the answers where they are looked for."""
@@ -202,16 +211,9 @@ class CausalLm(NextToken):
 
     def update(self, metrics: Any, logits: Tensor, batch: Batch) -> None:
         """Adds a batch."""
-        target = batch["labels"][:, 1:]
-        learned = target != IGNORED
-        count = int(learned.sum())
-        if count == 0:
-            return
-        metrics["loss"].update(self._loss(logits, batch, 0.0) / count, weight=count)
-        logits = logits[:, :-1].float()
-        metrics["perplexity"].update(logits, target)
-        hits = logits.argmax(-1)[learned] == target[learned]
-        metrics["token_accuracy"].update(hits.float().mean(), weight=count)
+        targets = self.targets(batch)
+        learned = targets != IGNORED
+        update_tokens(metrics, logits[learned], targets[learned])
 
     def update_by_generation(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
         """Adds to exact_match whether the continuation of each prompt has the answer of the response."""

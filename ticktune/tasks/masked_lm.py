@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ticktune.device import mix
 from ticktune.errors import DataError
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of
+from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, update_tokens
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Shares of BERT (arXiv 1810.04805, section 3.1): of the tokens that are guessed, and of those that are masked, or
@@ -35,6 +35,7 @@ class MaskedLm(Task):
     name: str = "masked-lm"
     auto_class: str = "AutoModelForMaskedLM"
     default_metric: str = "perplexity"
+    scores_tokens: ClassVar[bool] = True
 
     def row_of(self, text: str) -> Row:
         """A text with masks."""
@@ -132,12 +133,9 @@ class MaskedLm(Task):
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross entropy, summed over the guessed tokens."""
-        return self._loss(outputs.logits, batch, self.options.label_smoothing)
-
-    def _loss(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
         guessed = batch["labels"] != IGNORED
-        target = batch["labels"][guessed]
-        return F.cross_entropy(logits[guessed].float(), target, label_smoothing=smoothing, reduction="sum")
+        found, target = outputs.logits[guessed].float(), batch["labels"][guessed]
+        return F.cross_entropy(found, target, label_smoothing=self.options.label_smoothing, reduction="sum")
 
     def targets(self, batch: Batch) -> Tensor:
         """The tokens that are guessed, (batch, seq)."""
@@ -169,12 +167,7 @@ class MaskedLm(Task):
     def update(self, metrics: Any, logits: Tensor, batch: Batch) -> None:
         """Adds a batch."""
         guessed = batch["labels"] != IGNORED
-        target, found = batch["labels"][guessed], logits[guessed].float()
-        if not len(target):
-            return
-        metrics["loss"].update(self._loss(logits, batch, 0.0) / len(target), weight=len(target))
-        metrics["perplexity"].update(found[None], target[None])
-        metrics["token_accuracy"].update((found.argmax(-1) == target).float().mean(), weight=len(target))
+        update_tokens(metrics, logits[guessed], batch["labels"][guessed])
 
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         """The best fillings of each mask of a window."""

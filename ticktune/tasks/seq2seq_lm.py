@@ -4,13 +4,24 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ticktune.errors import BaseModelError, DataError
-from ticktune.tasks.task import IGNORED, Batch, EncodingReport, Example, Row, Task, TaskOptions, best_of, token_loss
+from ticktune.tasks.task import (
+    IGNORED,
+    Batch,
+    EncodingReport,
+    Example,
+    Row,
+    Task,
+    TaskOptions,
+    best_of,
+    token_loss,
+    update_tokens,
+)
 
 _WRITTEN = ("bleu", "chrf", "rouge_l")
 
@@ -31,6 +42,7 @@ class Seq2SeqLm(Task):
     start: int | None
     name: str = "seq2seq-lm"
     auto_class: str = "AutoModelForSeq2SeqLM"
+    scores_tokens: ClassVar[bool] = True
     default_metric: str = "perplexity"
 
     def state(self) -> dict[str, Any]:
@@ -132,10 +144,7 @@ class Seq2SeqLm(Task):
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross entropy, summed over the target's tokens."""
-        return self._loss(outputs.logits, batch, self.options.label_smoothing)
-
-    def _loss(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-        return token_loss(logits, batch["labels"], smoothing)
+        return token_loss(outputs.logits, batch["labels"], self.options.label_smoothing)
 
     def targets(self, batch: Batch) -> Tensor:
         """The target's tokens, (batch, target)."""
@@ -168,12 +177,8 @@ class Seq2SeqLm(Task):
 
     def update(self, metrics: Any, logits: Tensor, batch: Batch) -> None:
         """Adds a batch to the metrics of the target's tokens."""
-        target = batch["labels"]
-        learned = target != IGNORED
-        count = int(learned.sum())
-        metrics["loss"].update(self._loss(logits, batch, 0.0) / count, weight=count)
-        metrics["perplexity"].update(logits.float(), target)
-        metrics["token_accuracy"].update((logits.argmax(-1)[learned] == target[learned]).float().mean(), weight=count)
+        learned = batch["labels"] != IGNORED
+        update_tokens(metrics, logits[learned], batch["labels"][learned])
 
     def update_by_generation(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
         """Adds a batch to BLEU, chrF and ROUGE-L, by the texts that a beam search writes."""

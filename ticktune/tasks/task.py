@@ -104,6 +104,8 @@ class Task(ABC):
     options: TaskOptions
     cut: ClassVar[str] = "their end"
     """What examples lose that are too long."""
+    scores_tokens: ClassVar[bool] = False
+    """Whether :meth:`update` is no more than :func:`update_tokens` of the positions that have :meth:`targets`."""
 
     @property
     @abstractmethod
@@ -309,6 +311,23 @@ def token_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor
         label_smoothing=smoothing,
         reduction="sum",
     )
+
+
+def update_tokens(metrics: Any, logits: Tensor, targets: Tensor) -> None:
+    """Adds tokens to perplexity, token_accuracy and loss.
+
+    Args:
+        metrics: Of torchmetrics, by these names.
+        logits: (tokens, vocabulary).
+        targets: (tokens,) int64, none of them IGNORED.
+    """
+    count = len(targets)
+    if count == 0:
+        return
+    logits = logits.float()
+    metrics["loss"].update(F.cross_entropy(logits, targets, reduction="sum") / count, weight=count)
+    metrics["perplexity"].update(logits[None], targets[None])
+    metrics["token_accuracy"].update((logits.argmax(-1) == targets).float().mean(), weight=count)
 
 
 def build_task(

@@ -83,7 +83,9 @@ def head_loss(task: "Task", head: Head) -> LossOf:
     return loss
 
 
-def find_head(model: nn.Module, task: "Task", batch: Batch, compute: Compute) -> Head | str:
+def find_head(
+    model: nn.Module, task: "Task", batch: Batch, compute: Compute, *, for_training: bool = True
+) -> Head | str:
     """Proves on a model how its logits come from its output embeddings.
 
     Random states of the batch's shape are put into the embeddings, so large that caps act, and the logits that come out
@@ -95,6 +97,7 @@ def find_head(model: nn.Module, task: "Task", batch: Batch, compute: Compute) ->
         task: Gives forward, targets and loss.
         batch: A few rows, on the device.
         compute: Device and precision.
+        for_training: Whether a gradient is wanted: the head must be frozen then.
 
     Returns:
         The head, or the reason why there is none.
@@ -105,7 +108,7 @@ def find_head(model: nn.Module, task: "Task", batch: Batch, compute: Compute) ->
         return "the loss is not that of a language-model head"
     if type(linear) is not nn.Linear or any(type(p) is not nn.Parameter for p in linear.parameters()):
         return "the output embeddings are no plain linear projection"
-    if any(p.requires_grad for p in linear.parameters()):
+    if for_training and any(p.requires_grad for p in linear.parameters()):
         return "the output embeddings are trained"
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -180,6 +183,22 @@ def hidden_states(model: nn.Module, task: "Task", batch: Batch, head: Head) -> T
     return states
 
 
+def logits_in_parts(model: nn.Module, task: "Task", batch: Batch, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields logits (tokens, vocabulary) and targets (tokens,) of the positions that have one, chunk by chunk."""
+    targets = task.targets(batch)
+    assert targets is not None
+    flat, labels = hidden_states(model, task, batch, head).flatten(0, -2), targets.flatten()
+    for kept in (labels != IGNORED).nonzero().flatten().split(_chunk(head)):
+        if len(kept):
+            yield head.logits(flat[kept]), labels[kept]
+
+
+def _chunk(head: Head) -> int:
+    """How many positions' logits are made at once."""
+    size = CHUNK_BYTES.get(head.linear.weight.device.type, 1 << 29)
+    return max(1, min(CHUNK_ROWS, size // (4 * head.linear.out_features)))
+
+
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     handle = module.register_forward_pre_hook(hook)
@@ -210,8 +229,8 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if hidden.dtype == torch.float64:
         dtype = torch.float64
-    most = max(1, min(CHUNK_ROWS, CHUNK_BYTES.get(kind, 1 << 29) // (4 * head.linear.out_features)))
-    loss: Tensor = _LinearCrossEntropy.apply(flat, kept, labels[kept], head, smoothing, chunk or most, dtype)
+    size = chunk or _chunk(head)
+    loss: Tensor = _LinearCrossEntropy.apply(flat, kept, labels[kept], head, smoothing, size, dtype)
     return loss
 
 

@@ -51,6 +51,7 @@ class PrefixCache:
         self.model, self.task, self.examples, self.compute = model, task, examples, compute
         self.base_dropout = base_dropout
         self.prefix: Prefix = find_prefix(model)
+        refuse_dropout(self.prefix, base_dropout=base_dropout)
         self._states: States | None = None
         self._prove()
 
@@ -137,7 +138,7 @@ class PrefixCache:
         if len(states) != len(numbers):
             raise PatchError(f"{len(numbers)} rows have {len(states)} rows of hidden states")
         if not torch.equal(states, self._compute(batch, seed=2)[0]):
-            raise PatchError("the base's own dropout acts in its frozen layers", fix="set base.dropout: off")
+            raise _dropout_acts()
         with self._own_random():
             if self._run(batch).requires_grad:
                 raise PatchError("a trained tensor lies below the lowest trained layer")
@@ -159,3 +160,18 @@ class PrefixCache:
         with torch.no_grad(), self._own_random(), self.compute.autocast():
             torch.manual_seed(0)
             return float(self.task.loss(self.task.forward(self.model, batch), batch))
+
+
+def refuse_dropout(prefix: Prefix, *, base_dropout: bool) -> None:
+    """Refuses frozen layers whose dropout modules act in training; what acts without a module, the proof finds.
+
+    Raises:
+        PatchError: They do.
+    """
+    modules = [module for layer in prefix.layers for module in layer.modules()]
+    if base_dropout and any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules):
+        raise _dropout_acts()
+
+
+def _dropout_acts() -> PatchError:
+    return PatchError("the base's own dropout acts in its frozen layers", fix="set base.dropout: off")
