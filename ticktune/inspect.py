@@ -31,7 +31,7 @@ from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.quantize import saved_bytes
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Recipe
-from ticktune.session import check_prefix_cache
+from ticktune.session import check_prefix_cache, check_wide
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # A trained parameter, its gradient and AdamW's two averages, all float32.
@@ -59,12 +59,14 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console, *, draw: Path | None 
         recipe.ticks.layers,
         recipe.norms.train,
         form=recipe.ticks.form,
+        dropout=recipe.ticks.dropout,
         norm_layers=recipe.norms.layers,
         head=recipe.head.train,
         experts=recipe.ticks.experts,
         unshare=recipe.ticks.unshare,
     )
     check_prefix_cache(loaded, model)
+    check_wide(loaded, model)
     record = attachment_of(model)
     obstacle = merge_obstacle(record.layout, record.plan)
     counts = Counter[str]()

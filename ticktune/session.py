@@ -188,6 +188,25 @@ def _cannot_be_kept(loaded: LoadedRecipe) -> Iterator[None]:
         ) from error
 
 
+def check_wide(loaded: LoadedRecipe, model: nn.Module) -> None:
+    """Refuses the wide form where a model's blocks have none; the model may be on the meta device.
+
+    Raises:
+        RecipeError: No tick can have it, and the recipe allows no other form.
+    """
+    if loaded.recipe.training.ffn == "wide":
+        try:
+            Wide(model)
+        except PatchError as error:
+            [problem] = error.problems
+            raise _not_wide(loaded, problem.message) from error
+
+
+def _not_wide(loaded: LoadedRecipe, reason: str) -> RecipeError:
+    where = loaded.where("training.ffn")
+    return RecipeError(f"ticks cannot be wide: {reason}", where=where, fix="set training.ffn: split")
+
+
 def build_wide(prepared: Prepared, model: nn.Module, console: Console) -> Wide | None:
     """Proves that the ticks can be computed in the products of their blocks; None where the recipe does not ask for it.
 
@@ -208,13 +227,12 @@ def build_wide(prepared: Prepared, model: nn.Module, console: Console) -> Wide |
     except PatchError as error:
         [problem] = error.problems
         obstacle = problem.message
-    where = prepared.loaded.where("training.ffn")
     if obstacle is None:
         if wide.obstacles:
             console.note(f"training.ffn: {wide.blocks} ticks can be wide, others not: {'; '.join(wide.obstacles)}")
         return wide
     if training.ffn == "wide":
-        raise RecipeError(f"ticks cannot be wide: {obstacle}", where=where, fix="set training.ffn: split")
+        raise _not_wide(prepared.loaded, obstacle)
     console.note(f"training.ffn: the split form is used, as {obstacle}")
     return None
 

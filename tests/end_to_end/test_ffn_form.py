@@ -100,6 +100,9 @@ def test_what_cannot_be_wide_is_a_recipe_error_and_leaves_nothing(
     assert done.returncode == 2, text
     assert said in text
     assert not (folder / "runs/refused/run.json").exists()
+    looked = launch("inspect", folder / "recipe.yaml", *words, cwd=folder)
+    assert looked.returncode == 2
+    assert said in " ".join(looked.stderr.split())
 
 
 def test_auto_takes_the_split_form_where_there_is_no_other_and_says_why(folder: Path) -> None:
