@@ -13,7 +13,7 @@ from ticktune.data.batches import sorted_batches
 from ticktune.data.encode import Encoded
 from ticktune.device import Compute
 from ticktune.tasks.task import Batch, Task, update_tokens
-from ticktune.train.head_loss import Head, find_head, logits_in_parts
+from ticktune.train.head_loss import Head, ends_of, find_head, logits_in_parts
 
 
 def score(
@@ -63,8 +63,8 @@ def score(
 
 
 def _proved_head(model: nn.Module, task: Task, examples: Encoded, compute: Compute) -> Head | None:
-    shortest = min(range(len(examples)), key=examples.lengths.__getitem__)  # the proof makes all its logits
-    batch = compute.put(task.collate(examples.take([shortest])))
+    shortest = min(range(len(examples)), key=examples.lengths.__getitem__)
+    batch = compute.put(task.collate(ends_of(examples.take([shortest]))))
     head = find_head(model, task, batch, compute, for_training=False)
     return head if isinstance(head, Head) else None
 

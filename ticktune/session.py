@@ -39,10 +39,10 @@ from ticktune.registry import TASKS
 from ticktune.report.card import adapter_card
 from ticktune.report.page import report_page
 from ticktune.signals import Signals, StopAsked
-from ticktune.tasks.task import Batch, Task
+from ticktune.tasks.task import Batch, Example, Task
 from ticktune.train.form import Trial, timed, wide_obstacle
 from ticktune.train.groups import build_optimizer, lr_factor
-from ticktune.train.head_loss import Head, find_head, head_loss, plain_loss
+from ticktune.train.head_loss import Head, ends_of, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
 from ticktune.train.packing import packed_pair, packing_obstacle
 from ticktune.train.prefix import NUMBERS, PrefixCache, refuse_dropout
@@ -223,7 +223,9 @@ def build_wide(prepared: Prepared, model: nn.Module, console: Console) -> Wide |
         return None
     try:
         wide = Wide(model, compute.dtype)
-        obstacle = wide_obstacle(model, wide, prepared.task, compute.put(_shortest(prepared)), compute)
+        obstacle = wide_obstacle(
+            model, wide, prepared.task, compute.put(_collated(prepared, _shortest(prepared))), compute
+        )
     except PatchError as error:
         [problem] = error.problems
         obstacle = problem.message
@@ -237,11 +239,14 @@ def build_wide(prepared: Prepared, model: nn.Module, console: Console) -> Wide |
     return None
 
 
-def _shortest(prepared: Prepared) -> Batch:
+def _shortest(prepared: Prepared) -> list[Example]:
     """A few rows to prove something on."""
     examples = prepared.examples["train"]
-    numbers = heapq.nsmallest(_PROOF_ROWS, range(len(examples)), key=examples.lengths.__getitem__)
-    return prepared.task.collate(examples.take(numbers), seed=prepared.loaded.recipe.training.seed)
+    return examples.take(heapq.nsmallest(_PROOF_ROWS, range(len(examples)), key=examples.lengths.__getitem__))
+
+
+def _collated(prepared: Prepared, examples: Sequence[Example]) -> Batch:
+    return prepared.task.collate(examples, seed=prepared.loaded.recipe.training.seed)
 
 
 class Session:
@@ -376,7 +381,8 @@ class Session:
         if type(task).targets is Task.targets:
             return f"{_PLAIN}: it is not that of a language-model head"
         self._work = "trying the shortest rows"
-        head = find_head(self.model, task, self.compute.put(_shortest(self.prepared)), self.compute)
+        batch = _collated(self.prepared, ends_of(_shortest(self.prepared)))
+        head = find_head(self.model, task, self.compute.put(batch), self.compute)
         if isinstance(head, Head):
             self.loss_of = head_loss(task, head)
             return _CHUNKED

@@ -24,7 +24,7 @@ from ticktune.tasks.next_item import NextItem
 from ticktune.tasks.seq2seq_lm import Seq2SeqLm
 from ticktune.tasks.task import IGNORED, Batch, Task, TaskOptions, token_loss, update_tokens
 from ticktune.train import head_loss
-from ticktune.train.head_loss import Head, find_head, linear_cross_entropy, plain_loss
+from ticktune.train.head_loss import Head, ends_of, find_head, linear_cross_entropy, plain_loss
 
 CPU_BF16 = Compute(torch.device("cpu"), "bf16")
 POSITIONS, VOCABULARY = (3, 7), 19
@@ -444,3 +444,14 @@ def test_a_head_that_is_not_proved_is_scored_by_all_logits() -> None:
     found = _score(model, kind, batch)
     assert found == _score(model, kind, batch, fast=False)
     assert found != pytest.approx(expected, rel=1e-3)
+
+
+def test_a_head_is_proved_on_few_positions_of_long_rows(tiny_llama: Path) -> None:
+    work = causal_lm(tiny_llama)
+    example = {"row": 0, "length": 500, "input_ids": list(range(500)), "labels": [*range(500)]}
+    [end] = ends_of([example])
+    assert end["input_ids"] == end["labels"] == list(range(436, 500))
+    short = work.examples.take([0])
+    assert ends_of(short) == short
+    no_labels = [{"row": 0, "length": 500, "input_ids": list(range(500)), "prior": 7}]
+    assert ends_of(no_labels) == no_labels  # its positions are counted from the beginning

@@ -5,7 +5,7 @@ a time, and the frozen head gets no gradient. What it computes is :func:`ticktun
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ticktune.device import Compute
 from ticktune.errors import first_line
-from ticktune.tasks.batch import IGNORED, Batch
+from ticktune.tasks.batch import IGNORED, Batch, Example
 
 if TYPE_CHECKING:
     from ticktune.tasks.task import Task
@@ -33,6 +33,8 @@ CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
 256 positions take the time of 2,048 in fp32, and two thirds of it in bf16 (AMD EPYC, one thread). A GPU wants large
 matrix products."""
 
+_PROOF_TOKENS = 64
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 _LARGEST = 64.0  # of the logits in the proof: beyond all soft caps
 
 
@@ -83,6 +85,17 @@ def head_loss(task: "Task", head: Head) -> LossOf:
     return loss
 
 
+def ends_of(examples: Sequence[Example]) -> list[Example]:
+    """The last 64 tokens and labels of some examples, for :func:`find_head`, which makes all their logits."""
+    return [
+        {
+            name: value[-_PROOF_TOKENS:] if name in _TOKENS and "labels" in each else value
+            for name, value in each.items()
+        }
+        for each in examples
+    ]
+
+
 def find_head(
     model: nn.Module, task: "Task", batch: Batch, compute: Compute, *, for_training: bool = True
 ) -> Head | str:
@@ -95,7 +108,7 @@ def find_head(
     Args:
         model: With or without ticks.
         task: Gives forward, targets and loss.
-        batch: A few rows, on the device.
+        batch: A few rows, on the device; see :func:`ends_of`.
         compute: Device and precision.
         for_training: Whether a gradient is wanted: the head must be frozen then.
 
