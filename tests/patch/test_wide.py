@@ -16,7 +16,7 @@ from benchmarks.counting import flops, saved_bytes
 from tests.training import causal_lm, classification, optimizer_of, snapshot, steps
 from ticktune.errors import PatchError
 from ticktune.patch import standins
-from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.attach import adapter_parameters, attach, attachment_of
 from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
 from ticktune.patch.wide import Wide
 
@@ -24,9 +24,6 @@ DIM = 6
 SPLIT_ONLY = {
     "falcon": "the projections are FalconLinear",
     "mixtral": "experts have no projections of their own",
-    "modernbert": "gate and up are one projection",
-    "modernbert-bias": "gate and up are one projection",
-    "phi3": "gate and up are one projection",
     "segformer": "a convolution stands between the projections",
 }
 IN_PART = {"qwen2_moe": 3, "qwen3_moe": 1}
@@ -80,8 +77,10 @@ def _agree(model: nn.Module, wide: Wide, kind: str = "", allowed: float = 1e-5) 
 def test_function_and_gradients_are_those_of_the_split_form(family: str) -> None:
     # Grouped products of experts know no float64.
     model = _ticked(_build(family, torch.float32 if family in IN_PART else torch.float64))
-    if family in SPLIT_ONLY:
-        with pytest.raises(PatchError, match=SPLIT_ONLY[family]):
+    is_fused = any(ffn.fused for ffn in attachment_of(model).layout.ffns)  # of a DINOv2, versions differ
+    reason = SPLIT_ONLY.get(family, "gate and up are one projection" if is_fused else None)
+    if reason is not None:
+        with pytest.raises(PatchError, match=reason):
             Wide(model)
         return
     wide = Wide(model)
