@@ -362,15 +362,15 @@ def learn(job: Job, study: Study) -> Learned:
             seconds, since = 0.0, 0.0
 
             def on_train_begin(self, *_: Any, **__: Any) -> None:
-                self.since = time.perf_counter()
+                self.since = time.process_time()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step % study.every == 0:
-                    self.seconds += time.perf_counter() - self.since
+                    self.seconds += time.process_time() - self.since
                     accuracy = accuracy_of(work, model, collate, study.validation)
                     found.append((state.global_step, self.seconds, accuracy))
                     control.should_training_stop = accuracy >= study.goal
-                    self.since = time.perf_counter()
+                    self.since = time.process_time()
 
         work.add_callback(Evaluations())
         work.train()
