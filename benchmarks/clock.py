@@ -181,3 +181,15 @@ def all_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def go_on(document: dict[str, Any], **facts: Any) -> None:
+    """Writes what results depend on into their document; those of another machine or setting are not gone on with.
+
+    Raises:
+        SystemExit: The document has results, and something is not as it was.
+    """
+    for name, value in facts.items():
+        if document.get(name, value) != value:
+            raise SystemExit(f"these results are of other {name}: {document[name]}, now {value}; name other --results")
+    document |= facts

@@ -12,7 +12,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -97,7 +97,7 @@ class Study(NamedTuple):
         seed: Of the row order, of new weights and of dropout.
         epochs: At most.
         every: Steps between evaluations.
-        goal: Accuracy with which training ends.
+        goal: Accuracy with which training ends; see :func:`settled`.
     """
 
     validation: list[dict[str, Any]]
@@ -106,6 +106,11 @@ class Study(NamedTuple):
     epochs: int
     every: int
     goal: float
+
+
+def settled(evaluations: Sequence[tuple[int, float, float]]) -> float:
+    """Median accuracy of the last three evaluations, as a single one may pass by chance; 0 of fewer."""
+    return sorted(accuracy for _, _, accuracy in evaluations[-3:])[1] if len(evaluations) >= 3 else 0.0
 
 
 class Learned(NamedTuple):
@@ -369,7 +374,7 @@ def learn(job: Job, study: Study) -> Learned:
                     self.seconds += time.process_time() - self.since
                     accuracy = accuracy_of(work, model, collate, study.validation)
                     found.append((state.global_step, self.seconds, accuracy))
-                    control.should_training_stop = accuracy >= study.goal
+                    control.should_training_stop = settled(found) >= study.goal
                     self.since = time.process_time()
 
         work.add_callback(Evaluations())

@@ -33,6 +33,7 @@ import torch
 import yaml
 from torch import nn
 
+from benchmarks.clock import go_on
 from benchmarks.counting import saved_bytes
 from benchmarks.curves import WINDOW, drawing
 from benchmarks.peers import ADAPTERHUB, PEERS, Job, Measured, middle, peak_bytes
@@ -502,11 +503,12 @@ def main() -> None:
     if arguments.adapterhub:
         pythons[ADAPTERHUB] = arguments.adapterhub
         document["adapterhub"] = versions_of(arguments.adapterhub, "adapters", "transformers", "torch")
-    document |= {
-        "command": "python -m benchmarks.speed",
-        "versions": {**versions(), **versions_of(sys.executable, "peft", "accelerate")},
-        "machine": machine_of(choose_compute("cpu", "auto")),
-    }
+    go_on(
+        document,
+        versions={**versions(), **versions_of(sys.executable, "peft", "accelerate")},
+        machine=machine_of(choose_compute("cpu", "auto")),
+    )
+    document["command"] = "python -m benchmarks.speed"
     for name in arguments.cases or CASES:
         found = document["cases"].setdefault(name, {})
         for contender in take_turns(found, CASES[name], arguments.rounds, pythons):

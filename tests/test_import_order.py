@@ -66,7 +66,7 @@ ORDER = [
     "ticktune.train.groups",
     "ticktune.train.head_loss",
     "ticktune.train.packing",
-    "ticktune.train.form",
+    "ticktune.train.ffn",
     "ticktune.train.steps",
     "ticktune.train.prefix",
     "ticktune.train.memory",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks import accuracy, inference, loss, speed, tick_tax
+from benchmarks import accuracy, aims, inference, loss, speed, tick_tax
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,3 +60,9 @@ def test_a_merged_model_multiplies_by_its_wider_blocks_and_no_more() -> None:
         ids = inference.batch_of(config, 2, 5)
         more = inference.counted(config, 64, ids) - inference.counted(config, 0, ids)
         assert more == 2 * 5 * 3 * projections * 2 * 32 * 64
+
+
+def test_the_aims_are_told_from_the_results() -> None:
+    page = aims.PAGE.read_text(encoding="utf-8")
+    assert aims.page_with(page) == page
+    assert "missed" in aims.table()  # it says so, and says it of something

@@ -33,7 +33,7 @@ class Progress:
         rows: Rows that were trained on.
         history: Every evaluation: {"step": …, "split": …, "metrics": {…}}.
         unlogged: Lines that a full disk kept out of the log; they are written when the run goes on.
-        ffn: In which form the ticks are computed, ``split`` or ``wide``.
+        ffn: How the ticks are computed, ``split`` or ``wide``; None: not chosen yet.
     """
 
     step: int = 0
@@ -45,7 +45,7 @@ class Progress:
     rows: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     unlogged: list[dict[str, Any]] = field(default_factory=list)
-    ffn: str = "split"
+    ffn: str | None = None
 
 
 def save_checkpoint(

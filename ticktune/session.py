@@ -30,7 +30,7 @@ from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
-from ticktune.patch.standins import Around, Checkpointed, Compiled, find_prefix, layers_of, places_of, standing_in
+from ticktune.patch.standins import Checkpointed, Compiled, Context, find_prefix, layers_of, places_of, standing_in
 from ticktune.patch.wide import Wide
 from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
@@ -40,7 +40,7 @@ from ticktune.report.card import adapter_card
 from ticktune.report.page import report_page
 from ticktune.signals import Signals, StopAsked
 from ticktune.tasks.task import Batch, Example, Task
-from ticktune.train.form import Trial, timed, wide_obstacle
+from ticktune.train.ffn import Trial, timed, wide_obstacle
 from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, ends_of, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
@@ -299,8 +299,8 @@ class Session:
         self.loss_of = plain_loss(prepared.task)
         self.cache = cache
         self._wide = wide
-        self._form: Around = nullcontext  # what ticks of the chosen form run in,
-        self._again: Around = nullcontext  # and what they do when a layer is computed again
+        self._ffn: Context = nullcontext  # what ticks of the chosen form run in,
+        self._again: Context = nullcontext  # and what they do when a layer is computed again
         self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
         self._places = places_of(model, self._layers)
         self._stand_ins = self._built_stand_ins()
@@ -340,7 +340,7 @@ class Session:
             with self._memory_named():
                 self._warn_little_space()
                 self.run.update(status="running", loss=self._choose_loss(goes_on=newest is not None))
-                self._choose_form(goes_on=newest is not None)
+                self._choose_ffn()
                 # What is compiled depends on the rows that come first: they are the same in every stretch.
                 if newest is None or self.recipe.training.compile:
                     self._try_longest()
@@ -390,16 +390,16 @@ class Session:
             self.console.warn(f"the run goes on with all logits, as {head}: the result need not be bitwise the same")
         return f"{_PLAIN}: {head}"
 
-    def _choose_form(self, *, goes_on: bool) -> None:
-        """Takes the form of the ticks that the recipe or a trial names; a run goes on as it began."""
-        before = self.progress.ffn if goes_on else self.run.record().get("ffn")
+    def _choose_ffn(self) -> None:
+        """Computes ticks as the recipe or a trial says; a run goes on as it began."""
+        before = self.progress.ffn or self.run.record().get("ffn")
         if before is None and self._wide is not None and self.recipe.training.ffn == "auto":
-            self._work = "trying both forms of the ticks"
+            self._work = "timing ticks in split and wide form"
             trial = self._tried(self._wide)
             before = trial.choice
             self.run.update(ffn_trial=asdict(trial))
             self.console.note(
-                f"training.ffn: {before}; a step took {trial.split:.3g} s in split form, {trial.wide:.3g} s in wide"
+                f"training.ffn: {before}; a micro-batch took {trial.split:.3g} s split, and {trial.wide:.3g} s wide"
             )
         wanted = before or ("split" if self._wide is None else "wide")
         if wanted == "wide" and self._wide is None:
@@ -407,11 +407,13 @@ class Session:
             wanted = "split"
         self.progress.ffn = wanted
         self._use(self._wide if wanted == "wide" else None)
+        if wanted == "split" and self._wide is not None:
+            self._wide.release()
         self.run.update(ffn=wanted)
 
     def _use(self, wide: Wide | None) -> None:
         """Computes the ticks in wide form from now on; None: in split form."""
-        self._form, self._again = (nullcontext, nullcontext) if wide is None else (wide.running, wide.again)
+        self._ffn, self._again = (nullcontext, nullcontext) if wide is None else (wide.running, wide.again)
 
     def _tried(self, wide: Wide) -> Trial:
         """Times a micro-batch of middle length in both forms."""
@@ -484,7 +486,7 @@ class Session:
     @contextmanager
     def _measured(self, batch: Batch) -> Iterator[None]:
         # The form inside: in the places of its projections the model hides the weights, which are no activations.
-        with measured(self.model, self._layers, lambda: self._again()) as self._activations, self._form():
+        with measured(self.model, self._layers, lambda: self._again()) as self._activations, self._ffn():
             yield
 
     def _fill_cache(self) -> None:
@@ -509,7 +511,7 @@ class Session:
     def _around(self, batch: Batch) -> Iterator[None]:
         """What stands in the place of layers in a forward pass of training."""
         with ExitStack() as stack:
-            stack.enter_context(self._form())
+            stack.enter_context(self._ffn())
             stack.enter_context(standing_in(self._places, self._stand_ins))
             if self.cache is not None and NUMBERS in batch:
                 stack.enter_context(self.cache.serving(batch))

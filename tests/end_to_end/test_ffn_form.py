@@ -11,7 +11,7 @@ import tests.models as models
 from tests.end_to_end.support import classification
 from tests.launch import launch
 from tests.reliability.faults import plan
-from ticktune.train.form import Trial
+from ticktune.train.ffn import Trial
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +67,30 @@ def test_a_trial_chooses_and_says_what_it_saw(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["wide", "auto"])
-def test_killed_it_goes_on_in_its_form_to_the_same_weights_bit_for_bit(form: str, folder: Path) -> None:
-    """After the first checkpoint, and before it: the choice of a trial is made once."""
-    for name, place in (
-        ("late", "KILL@ticktune.session.Session._show#18"),
-        ("early", "KILL@ticktune.session.Session._show#2"),
-    ):
+def test_killed_it_goes_on_as_it_began_to_the_same_weights_bit_for_bit(form: str, folder: Path) -> None:
+    """After the first checkpoint, and before it: what a trial chose is chosen once."""
+    for name, step in (("late", 18), ("early", 2)):
+        run = folder / f"runs/{form}-{name}"
         words = ("train", folder / "recipe.yaml", f"training.ffn={form}", f"output=runs/{form}-{name}")
-        killed = launch(*words, cwd=folder, env=plan(place))
+        killed = launch(*words, cwd=folder, env=plan(f"KILL@ticktune.session.Session._show#{step}"))
         assert killed.returncode == -signal.SIGKILL
-        chosen = _record(folder / f"runs/{form}-{name}")["ffn"]
+        before = _record(run)
         done = launch(*words, cwd=folder)
         assert done.returncode == 0, done.stderr
-        assert _record(folder / f"runs/{form}-{name}")["ffn"] == chosen
-        assert _adapter(folder / f"runs/{form}-{name}") == _adapter(folder / f"runs/{chosen}")
+        # A second trial would find other seconds.
+        assert [_record(run).get(key) for key in ("ffn", "ffn_trial")] == [before["ffn"], before.get("ffn_trial")]
+        assert _adapter(run) == _adapter(folder / f"runs/{before['ffn']}")
+
+
+def test_a_signal_in_the_trial_puts_it_off(folder: Path) -> None:
+    """The fifth use of the wide form is in the trial: the first is its proof."""
+    run, words = folder / "runs/tried", ("train", folder / "recipe.yaml", "training.ffn=auto", "output=runs/tried")
+    stopped = launch(*words, cwd=folder, env=plan("TERM@ticktune.patch.wide.Wide.running#5"))
+    assert stopped.returncode == 143, stopped.stderr
+    assert "ffn" not in _record(run)
+    done = launch(*words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert Trial(**_record(run)["ffn_trial"]).choice == _record(run)["ffn"]
 
 
 @pytest.mark.parametrize(

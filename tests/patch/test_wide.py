@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tests.models as models
 from benchmarks.counting import flops, saved_bytes
+from tests.quantized import load_int8
 from tests.training import causal_lm, classification, optimizer_of, snapshot, steps
 from ticktune.errors import PatchError
 from ticktune.patch import standins
@@ -303,6 +304,36 @@ def test_dropout_of_hidden_units_is_an_obstacle() -> None:
     model = attach(models.families()["bart"](), DIM)
     with pytest.raises(PatchError, match="hidden units are dropped out"):
         Wide(model)
+
+
+def test_quantised_weights_stay_as_they_are(tiny_bert: Path) -> None:
+    model = attach(load_int8(tiny_bert), DIM)
+    with pytest.raises(PatchError, match="the base's weights are quantised"):
+        Wide(model)
+
+
+def test_weights_that_layers_share_are_an_obstacle() -> None:
+    model = _build("bert")
+    layers = model.get_submodule("bert.encoder.layer")
+    layers[1].output.dense.weight = layers[0].output.dense.weight  # type: ignore[index,union-attr]
+    wide = Wide(_ticked(model))
+    assert (wide.blocks, wide.obstacles) == (1, ["layers share their weights"])
+    _agree(model, wide)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-mlp-bias"])
+def test_released_weights_are_laid_out_as_they_were(family: str) -> None:
+    model = _ticked(_build(family))
+    before = {name: (p.stride(), p.untyped_storage().nbytes(), p.clone()) for name, p in model.named_parameters()}
+    wide = Wide(model)
+    with wide.running():
+        pass
+    assert any(p.stride() != before[name][0] for name, p in model.named_parameters())
+    wide.release()
+    for name, parameter in model.named_parameters():
+        assert (parameter.stride(), parameter.untyped_storage().nbytes()) == before[name][:2], name
+        assert torch.equal(parameter, before[name][2]), name
+    _agree(model, wide)
 
 
 def test_a_model_without_ticks_has_no_wide_form() -> None:

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from tests.models import word_tokenizer
 from ticktune.errors import BaseModelError, DataError, RecipeError
 from ticktune.tasks.causal_lm import CausalLm
-from ticktune.tasks.task import IGNORED, EncodingReport, Example, Row, TaskOptions, build_task, restore_task
+from ticktune.tasks.task import IGNORED, EncodingReport, Example, Row, TaskOptions, build_task, restore_task, room
 
 EOS, USER, ASSISTANT, SYSTEM = 3, 54, 55, 56
 TEMPLATE = (
@@ -457,3 +457,44 @@ def test_answers_need_prompts() -> None:
     options = TaskOptions(("text",), 16, answer=PATTERN)
     with pytest.raises(RecipeError, match="answers are looked for in responses to prompts, found the columns text"):
         build_task("causal-lm", options, [], lambda i: "", word_tokenizer(), SimpleNamespace())
+
+
+@pytest.mark.parametrize(("asked", "used", "found"), [(128, 10, 54), (20, 10, 20), (1, 63, 1)])
+def test_no_more_is_written_than_the_model_has_positions(asked: int, used: int, found: int) -> None:
+    model: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+    assert room(model, asked, used) == found
+    assert room(SimpleNamespace(config=SimpleNamespace()), asked, used) == asked  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_takes_all_positions_is_refused() -> None:
+    model: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+    with pytest.raises(DataError, match="a prompt of 64 tokens takes all of the model's 64 positions"):
+        room(model, 5, 64)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_a_model_of_few_positions_writes_up_to_its_last(family: str) -> None:
+    """Their learned positions end there: one more is an index out of range."""
+    import transformers
+
+    common: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 2, "eos_token_id": None, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model: Any
+    if family == "gpt2":
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=24, **common)
+        )
+    else:
+        model = transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
+                d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=24, decoder_start_token_id=2,
+                forced_eos_token_id=None, **common,
+            )
+        )  # fmt: skip
+    ids = torch.randint(4, 64, (2, 20))
+    used = 20 if family == "gpt2" else 1
+    written = model.eval().generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=room(model, 128, used)
+    )
+    assert written.shape[1] == 24

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ticktune.errors import PatchError, RecipeError, first_line
 from ticktune.patch.attach import attachment_of
 
-Around = Callable[[], AbstractContextManager[Any]]
+Context = Callable[[], AbstractContextManager[Any]]
 """Gives what a layer runs in."""
 
 BACKEND = "inductor"
@@ -60,7 +60,7 @@ class Checkpointed(StandIn):
         again: Gives what the second run stands in, as the first one did.
     """
 
-    def __init__(self, layer: nn.Module, again: Around = nullcontext) -> None:
+    def __init__(self, layer: nn.Module, again: Context = nullcontext) -> None:
         super().__init__(layer)
         self._again = again
 
@@ -82,9 +82,6 @@ class Compiled(StandIn):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        # A tick is two hooks, at which torch does not look by default when it chooses a graph: a layer with a tick
-        # would run the graph of one without, and the tick would not be trained (torch 2.13, torch/_dynamo/config.py).
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
         self._run = (torch.compile(layer, dynamic=True, backend=BACKEND),)  # as the layer: no submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +92,10 @@ class Compiled(StandIn):
         """
         values, named = without_cache(args, kwargs)
         try:
-            return self._run[0](*values, **named)
+            # A tick is two hooks, at which torch does not look by default when it chooses a graph: a layer with a tick
+            # would run the graph of one without, and the tick would not be trained (torch 2.13, _dynamo/config.py).
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                return self._run[0](*values, **named)
         except RuntimeError as error:
             from torch._dynamo.exc import TorchDynamoException  # takes a second
 

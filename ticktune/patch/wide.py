@@ -10,6 +10,7 @@ so they are held once; the ticks stay float32 parameters of their own, and are c
 Legend of shapes: ``h`` hidden size, ``f`` the block's width, ``t`` the tick's dim, ``...`` any leading dimensions.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from ticktune.patch.fast import LeanUnits
 from ticktune.patch.layout import Ffn, is_conv1d
 from ticktune.patch.standins import StandIn, places_of, standing_in
 from ticktune.patch.ticks import Tick
+from ticktune.quantize import is_coded
 
 
 class _Into(torch.autograd.Function):
@@ -115,6 +117,17 @@ class _Projection(StandIn):
             found.append((bias[-dim:], offset))
         return found
 
+    def release(self) -> None:
+        """Gives the base a weight and bias of its own again."""
+        if not self._is_shared():
+            return
+        own, bias = self._layer[0], _bias(self._layer[0])
+        weight: Tensor = own.weight  # type: ignore[assignment]
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        if bias is not None:
+            bias.data = bias.data.clone()
+        self._wide = (torch.empty(0), None)
+
     def _is_shared(self) -> bool:
         """Whether the base's tensors are parts of the wide ones still.
 
@@ -179,6 +192,11 @@ class Wide:
         with self.again():
             yield
 
+    def release(self) -> None:
+        """Gives the base weights of its own again, laid out as they were; :meth:`running` makes them views anew."""
+        for projection in self._stand_ins.values():
+            projection.release()
+
     def again(self) -> AbstractContextManager[None]:
         """As :meth:`running`, with the weights of the last time, for a second run of layers in a backward pass."""
         return standing_in(self._places, self._stand_ins)
@@ -202,16 +220,24 @@ def _obstacle(ffn: Ffn, tick: nn.Module, dtype: torch.dtype | None, ticked: Sequ
         return "gate and up are one projection" if ffn.fused else "a convolution stands between the projections"
     if (tick.U is not None) != ffn.is_gated:
         return "the ticks are plain and the blocks gated"
-    own = [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
+    own = _own(ffn)
+    if any(is_coded(m.weight) for m in own):
+        return "the base's weights are quantised"
     if any(type(m) is not nn.Linear and not is_conv1d(m) for m in own):
         return f"the projections are {', '.join(sorted({type(m).__name__ for m in own}))}"
-    if sum(other.down is ffn.down for other in ticked) > 1:
-        return "layers share a block"
+    places = Counter(m.weight.data_ptr() for other in ticked for m in _own(other) if not m.weight.is_meta)
+    if any(places[m.weight.data_ptr()] > 1 for m in own if not m.weight.is_meta):
+        return "layers share their weights"
     if tick.dropout or (ffn.dropout is not None and _probability(ffn.dropout)):
         return "hidden units are dropped out"
     if dtype is not None and any(m.weight.dtype != dtype for m in own):
         return f"the base's weights are not {str(dtype).removeprefix('torch.')}"
     return ""
+
+
+def _own(ffn: Ffn) -> list[Any]:
+    """The base's projections of a block that has no experts."""
+    return [] if ffn.experts is not None else [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
 
 
 def _probability(dropout: tuple[nn.Module, str]) -> float:

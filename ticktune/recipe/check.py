@@ -150,6 +150,9 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
     for key in ("packing", "prefix_cache", "ffn", "compile"):
         if getattr(training, key) != type(training).model_fields[key].default and not training.fast:
             wrong(f"training.{key}", "it is one of the ways that training.fast: false switches off", "remove it")
+    if training.ffn == "wide" and (recipe.ticks.dim == 0 or recipe.ticks.dropout):
+        why = "hidden units are dropped out" if recipe.ticks.dropout else "there are no ticks"
+        wrong("training.ffn", f"ticks cannot be wide: {why}", "set training.ffn: split")
     if recipe.ticks.dim == 0 and recipe.norms.train == "none" and recipe.head.train is False:
         wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
     if training.prefix_cache != "off":

@@ -20,6 +20,7 @@ from ticktune.tasks.task import (
     Task,
     TaskOptions,
     best_of,
+    room,
     token_loss,
     update_tokens,
 )
@@ -236,7 +237,7 @@ class CausalLm(NextToken):
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=self.options.max_new_tokens,
+            max_new_tokens=room(model, self.options.max_new_tokens, width),
             num_beams=self.options.num_beams,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,

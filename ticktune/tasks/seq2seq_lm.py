@@ -19,6 +19,7 @@ from ticktune.tasks.task import (
     Task,
     TaskOptions,
     best_of,
+    room,
     token_loss,
     update_tokens,
 )
@@ -195,7 +196,7 @@ class Seq2SeqLm(Task):
         output = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=self.options.max_new_tokens,
+            max_new_tokens=room(model, self.options.max_new_tokens, 1),  # a token starts it
             num_beams=self.options.num_beams,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,

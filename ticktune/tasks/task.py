@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ticktune.errors import UsageError
+from ticktune.errors import DataError, UsageError
 from ticktune.recipe.schema import Ratio
 from ticktune.registry import TASKS
 from ticktune.tasks.batch import IGNORED as IGNORED
@@ -328,6 +328,28 @@ def update_tokens(metrics: Any, logits: Tensor, targets: Tensor) -> None:
     metrics["loss"].update(F.cross_entropy(logits, targets, reduction="sum") / count, weight=count)
     metrics["perplexity"].update(logits[None], targets[None])
     metrics["token_accuracy"].update((logits.argmax(-1) == targets).float().mean(), weight=count)
+
+
+def room(model: nn.Module, asked: int, used: int) -> int:
+    """How many tokens a model may write: what is asked for, and no more than it has positions left.
+
+    Args:
+        model: Its config says how many positions it has, if it is limited.
+        asked: New tokens wanted.
+        used: Positions that are taken already.
+
+    Raises:
+        DataError: None is left.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return asked
+    if used >= positions:
+        raise DataError(
+            f"a prompt of {used} tokens takes all of the model's {positions} positions, so that nothing can be written",
+            fix="lower data.max_length",
+        )
+    return min(asked, positions - used)
 
 
 def build_task(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticktune.patch.standins import Around, Checkpointed, places_of, standing_in, without_cache
+from ticktune.patch.standins import Checkpointed, Context, places_of, standing_in, without_cache
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Activations:
 
 
 @contextmanager
-def measured(model: nn.Module, layers: Sequence[nn.Module], again: Around = nullcontext) -> Iterator[Activations]:
+def measured(model: nn.Module, layers: Sequence[nn.Module], again: Context = nullcontext) -> Iterator[Activations]:
     """Measures forward passes, whose layers are checkpointed: only one layer is ever held whole.
 
     Args:
@@ -103,7 +103,7 @@ class _Measured(Checkpointed):
     """Runs its layer once to see what it keeps, and once more checkpointed."""
 
     def __init__(
-        self, layer: nn.Module, again: Around, found: Activations, weights: Sequence[Tensor], inputs: set[int]
+        self, layer: nn.Module, again: Context, found: Activations, weights: Sequence[Tensor], inputs: set[int]
     ) -> None:
         super().__init__(layer, again)
         self._found = found

@@ -1,0 +1,115 @@
+"""What speed was aimed at, and what the committed results say of it.
+
+    python -m benchmarks.aims --docs
+
+measures nothing: it reads benchmarks/results and writes the table into docs/performance.md.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import speed
+from ticktune.files import read_json
+
+ROOT = Path(__file__).parent
+PAGE = ROOT.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- aims -->", "<!-- end of aims -->"
+MINILM, LLAMA = "MiniLM-L6 (384/1536, 6 layers)", "Llama of that size (512/1536, 4 layers)"
+
+
+class Aim(NamedTuple):
+    """One line of the table.
+
+    Args:
+        what: What was aimed at.
+        aim: The number, with its sign.
+        found: What was measured, with its spread.
+        reached: Whether the middle of it reaches the aim.
+    """
+
+    what: str
+    aim: str
+    found: str
+    reached: bool
+
+
+def aims() -> Iterator[Aim]:
+    """The aims that a CPU can show, from the committed results."""
+    results = {path.stem: read_json(path) for path in (ROOT / "results").glob("*.json")}
+    minilm = results["speed"]["cases"]["minilm"]
+    for contender, least in (
+        ("Trainer + PEFT LoRA, FFN, default", 6.0),
+        ("Trainer + PEFT LoRA, FFN, best", 1.5),
+        ("ticktune's loop, full fine-tuning", 1.4),
+    ):
+        times = speed.ratios(minilm, contender)
+        middle = statistics.median(times)
+        found = f"{middle:.2f} × ({min(times):.2f} to {max(times):.2f})"
+        yield Aim(f"MiniLM on SST-2, real tokens/s beside: {contender}", f"≥ {least:g} ×", found, middle >= least)
+    tax = results["tick_tax"]["shapes"][MINILM]["bf16"]["forms"]["ticks + norms"]
+    low, high = tax["more_percent_quartiles"]
+    found = f"{tax['more_percent']:.1f} % ({low:.1f} to {high:.1f})"
+    yield Aim("MiniLM, a step with ticks of dim 64 beside norms alone", "≤ 6 %", found, tax["more_percent"] <= 6)
+    for precision in ("fp32", "bf16"):
+        kept = results["steps"]["results"][precision]["speedup_of_a_kept_prefix"]
+        for beside, ratio in kept.items():
+            what = f"MiniLM, upper half with a kept prefix {beside}, {precision}"
+            yield Aim(what, "≥ 1.9 ×", f"{ratio:.2f} ×", ratio >= 1.9)
+    for shape in (MINILM, LLAMA):
+        held = results["tick_tax"]["shapes"][shape]["kept_per_layer"]
+        ratio = held["ticks + norms"] / held["PEFT LoRA r 16 on the feed-forward block"]
+        yield Aim(f"{shape}, activations kept beside PEFT's LoRA by default", "≤ 0.5 ×", f"{ratio:.2f} ×", ratio <= 0.5)
+    for shape, entry in results["inference"]["shapes"].items():
+        wider = entry["dims"]["64"]
+        for precision in ("fp32", "bf16"):
+            more = wider[precision]["more_percent"]
+            low, high = wider[precision]["more_percent_quartiles"]
+            most = wider["width_percent"] + 1
+            what = f"{shape}, merged dim 64 beside the base, {precision}"
+            yield Aim(what, f"≤ {most:.1f} %", f"{more:.1f} % ({low:.1f} to {high:.1f})", more <= most)
+    seconds = results["startup"]["seconds"]
+    for command, stage, most in (
+        ("help", "", 1.0),
+        ("recipe error", "", 1.0),
+        ("train, first time", "overhead", 3.0),
+        ("train, rows in the cache", "overhead", 3.0),
+    ):
+        taken = (seconds[command][stage] if stage else seconds[command])["cpu_seconds"]
+        yield Aim(
+            f"start: {command}{' beyond imports and weights' if stage else ''}",
+            f"≤ {most:g} s",
+            f"{taken:.2f} s",
+            taken <= most,
+        )
+
+
+def table() -> str:
+    """The aims as Markdown."""
+    lines = ["| what | aim | measured | |", "|---|---|---|---|"]
+    lines += [f"| {a.what} | {a.aim} | {a.found} | {'reached' if a.reached else 'missed'} |" for a in aims()]
+    return "\n".join(lines)
+
+
+def page_with(text: str) -> str:
+    """docs/performance.md with this table between its marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def main() -> None:
+    """Prints the table, or writes it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", action="store_true", help="write docs/performance.md")
+    if parser.parse_args().docs:
+        PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        sys.stdout.write(table() + "\n")
+
+
+if __name__ == "__main__":
+    main()
