@@ -238,10 +238,11 @@ def section(document: dict[str, Any]) -> str:
             f"`{document['command']}`: {machine_line(document)}.",
             "",
             f"MiniLM on {settings['rows']:,} rows of SST-2, {settings['batch']} in a step, at most "
-            f"{settings['epochs']} epochs; every {settings['every']} steps {settings['validation']} validation rows are answered, which "
-            "counts as no time, and the median of the last three times counts. An accuracy of 82 % on so many rows has "
-            f"a standard error of {error:.1f} points. The thresholds are what trial runs reached in this time. Median "
-            f"of {seeds} seeds, with the least and the most. Learning rates tried with another seed: {tried}.",
+            f"{settings['epochs']} epochs; every {settings['every']} steps {settings['validation']} validation rows "
+            "are answered, which counts as no time, and the median of the last three times counts. An accuracy of 82 % "
+            f"on so many rows has a standard error of {error:.1f} points. The thresholds are what trial runs reached "
+            f"in this time. Median of {seeds} seeds, with the least and the most. Learning rates tried with another "
+            f"seed: {tried}.",
             "",
             table(document),
         ]
