@@ -179,13 +179,11 @@ def g1(run: Run) -> None:
     longest, tokens = run.size(2048, 32), run.size(16384, 64)
     reference = {REFERENCE: Way(ticks(0), "packed")}
     ffn = {
-        "PEFT LoRA, FFN, best": Way(lora(everywhere=False, best=True), "packed", loss="model", autocast=False),
+        "PEFT LoRA, FFN, best": Way(lora(everywhere=False, best=True), "packed", autocast=False),
         "Trainer + PEFT LoRA, FFN, default": Way(lora(everywhere=False, best=False), "padded", trainer=True),
     }
     linear = {
-        "PEFT LoRA, all linear, r 16, best": Way(
-            lora(everywhere=True, rank=16, best=True), "packed", loss="model", autocast=False
-        ),
+        "PEFT LoRA, all linear, r 16, best": Way(lora(everywhere=True, rank=16, best=True), "packed", autocast=False),
         "Trainer + PEFT LoRA, all linear, r 16, default": Way(
             lora(everywhere=True, rank=16, best=False), "padded", trainer=True
         ),
@@ -214,7 +212,7 @@ def g2(run: Run) -> None:
     weights, dim = weights_of(shape, run.compute), tick_dim(run)
     longest, tokens = run.size(2048, 32), run.size(16384, 64)
     compiled: Any = {"layers": "compiled"}
-    best = Way(lora(everywhere=False, best=True), "packed", loss="model", autocast=False)
+    best = Way(lora(everywhere=False, best=True), "packed", autocast=False)
     ways = {
         REFERENCE: Way(ticks(0), "packed", **compiled),
         **tick_ways([dim], **compiled),
@@ -239,7 +237,7 @@ def g3(run: Run) -> None:
     ways = {
         REFERENCE: Way(ticks(0), "packed"),
         **tick_ways([dim]),
-        "PEFT LoRA, FFN, best": Way(lora(everywhere=False, best=True), "packed", loss="model", autocast=False),
+        "PEFT LoRA, FFN, best": Way(lora(everywhere=False, best=True), "packed", autocast=False),
         "ticks, FFN computed again": Way(ticks(dim), "packed", dim=dim, layers="checkpointed"),
     }
     sizes = [(8192, 2048), (16384, 2048), (8192, 8192), (32768, 2048)]

@@ -4,7 +4,7 @@
 
 JOB is a JSON file that these write: encoded rows, the base's directory, and what to train. Training runs without
 ticktune, so any environment with torch and transformers can be the interpreter; what was found is the last line of the
-output, as JSON. For speed a few steps warm up, then the trained weights are set back, and one epoch counts.
+output, as JSON. For speed an epoch warms up, then the trained weights are set back, and another one counts.
 """
 
 import json

@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 TICKTUNE_DATA=... TICKTUNE_MODELS=... python -m benchmarks.speed [--adapterhub PYTHON] [CASE]...
 
-Every contender trains one epoch of the same encoded rows in the same global batch, in a process of its own; the
+Every contender trains two epochs of the same encoded rows in the same global batch, in a process of its own; the
 contenders take turns, round after round, so that a noisy hour falls on all of them, and rates are compared within a
 round. Peers (benchmarks/peers.py) run in their default and in their best configuration, with about as many trained
 parameters, and pad to the longest row of a batch. Counted are real tokens, not padding; a step is everything between
-two updates, reading and padding included. Steps that warm up come before, and the trained weights are set back after
-them.
+two updates, reading and padding included. The second epoch counts, as kernels are compiled for each
+new shape of a batch, which a run of thousands of steps soon has seen; the trained weights are set back before it.
 
 AdapterHub needs an older transformers, and so an environment of its own, without which it is left out:
 
@@ -67,7 +67,6 @@ class Case(NamedTuple):
         title: For the table.
         batch: Rows in a step.
         steps: Of the epoch that counts.
-        warm: Steps before it.
         config: Entries of a config whose weights are drawn at random; None: the base has weights.
         recipe: The rows, and the base or the tokenizer.
     """
@@ -75,7 +74,6 @@ class Case(NamedTuple):
     title: str
     batch: int
     steps: int
-    warm: int
     config: dict[str, Any] | None
     recipe: dict[str, Any]
 
@@ -90,12 +88,11 @@ SST2: dict[str, Any] = {
 }
 STORIES = {"model": "${TICKTUNE_MODELS}/stories260K-hf"}
 CASES: dict[str, Case] = {
-    "minilm": Case("MiniLM-L6, SST-2", 32, 16, 1, None, SST2),
+    "minilm": Case("MiniLM-L6, SST-2", 32, 16, None, SST2),
     "bert": Case(
         "BERT-base shape, SST-2",
         16,
         6,
-        1,
         {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
         SST2,
     ),
@@ -103,7 +100,6 @@ CASES: dict[str, Case] = {
         "stories260K, GSM8K",
         8,
         12,
-        2,
         None,
         {
             "task": "causal-lm",
@@ -119,7 +115,6 @@ CASES: dict[str, Case] = {
         "Llama shape of 30M, lines of Shakespeare",
         16,
         8,
-        1,
         {
             "hidden_size": 384,
             "num_hidden_layers": 8,
@@ -221,7 +216,7 @@ def job_of(contender: str, subject: Subject) -> Job:
         started=0.0,
         rows=rows_of(prepared, "train"),
         batch=case.batch,
-        warm=case.warm,
+        warm=case.steps,
         directory=str(prepared.base.directory),
         config=case.config,
         task=task.config(),
@@ -291,7 +286,7 @@ def measure(method: str, case: Case, started: float) -> Measured:
                 return
 
     begin = [p.detach().clone() for _, _, p in named]
-    ends = [end for end, _ in times_and_losses(case.warm)]
+    ends = [end for end, _ in times_and_losses(case.steps)]
     first = time.time() - (time.perf_counter() - ends[0]) - started
     with torch.no_grad():
         for (_, _, parameter), value in zip(named, begin, strict=True):

@@ -131,7 +131,7 @@ def test_two_contenders_see_the_same_rows(tiny_bert: Path, tmp_path: Path) -> No
         "base": {"model": str(tiny_bert)},
         "data": {"train": {"path": str(rows)}, "columns": {"text": "text", "label": "label"}},
     }
-    case = speed.Case("tiny", batch=2, steps=4, warm=1, config=None, recipe=recipe)
+    case = speed.Case("tiny", batch=2, steps=4, config=None, recipe=recipe)
     job = speed.job_of("", speed.subject_of(case))
     assert job.budget > 0
     runs = {name: speed.run_one(name, case, job, {}) for name in (speed.OURS, FULL)}
