@@ -40,13 +40,16 @@ class Aim(NamedTuple):
 def aims() -> Iterator[Aim]:
     """The aims that a CPU can show, from the committed results."""
     results = {path.stem: read_json(path) for path in (ROOT / "results").glob("*.json")}
-    minilm = results["speed"]["cases"]["minilm"]
     for contender, least in (
-        ("Trainer + PEFT LoRA, FFN, default", 6.0),
-        ("Trainer + PEFT LoRA, FFN, best", 1.5),
-        ("ticktune's loop, full fine-tuning", 1.4),
+        ()
+        if "speed" not in results
+        else (
+            ("Trainer + PEFT LoRA, FFN, default", 6.0),
+            ("Trainer + PEFT LoRA, FFN, best", 1.5),
+            ("ticktune's loop, full fine-tuning", 1.4),
+        )
     ):
-        times = speed.ratios(minilm, contender)
+        times = speed.ratios(results["speed"]["cases"]["minilm"], contender)
         middle = statistics.median(times)
         found = f"{middle:.2f} × ({min(times):.2f} to {max(times):.2f})"
         yield Aim(f"MiniLM on SST-2, real tokens/s beside: {contender}", f"≥ {least:g} ×", found, middle >= least)
