@@ -23,9 +23,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks import page
 from benchmarks.clock import go_on
 from benchmarks.peers import Job, Learned, Study, settled
-from benchmarks.speed import DIM, PAGE, SST2, machine_line, machine_of, rows_of, run_job, versions_of
+from benchmarks.speed import DIM, SST2, machine_line, machine_of, rows_of, run_job, versions_of
 from ticktune.base import load_model, quiet_transformers
 from ticktune.console import Console
 from ticktune.data.batches import epoch_batches
@@ -42,7 +43,6 @@ from ticktune.train.steps import train_steps
 from ticktune.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
-BEGIN, END = "<!-- accuracy -->", "<!-- end of accuracy -->"
 ROWS, VALIDATION, BATCH, EPOCHS, EVERY = 3200, 872, 32, 2, 10
 THRESHOLDS = (0.78, 0.80, 0.82)
 CHOOSING_SEED = 0
@@ -249,13 +249,6 @@ def section(document: dict[str, Any]) -> str:
     )
 
 
-def page_with(document: dict[str, Any]) -> str:
-    """docs/performance.md with this section between its marks."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{section(document)}\n{END}{after}"
-
-
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -271,7 +264,7 @@ def main() -> None:
         return
     document = read_json(arguments.results) if arguments.results.exists() else {"runs": []}
     if arguments.docs:
-        PAGE.write_text(page_with(document), encoding="utf-8")
+        page.put("accuracy", section(document))
         return
     prepared = prepared_rows()
     go_on(

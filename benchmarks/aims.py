@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import speed
+from benchmarks import page, speed
 from ticktune.files import read_json
 
 ROOT = Path(__file__).parent
-PAGE = ROOT.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- aims -->", "<!-- end of aims -->"
 MINILM, LLAMA = "MiniLM-L6 (384/1536, 6 layers)", "Llama of that size (512/1536, 4 layers)"
 
 
@@ -97,19 +95,12 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def page_with(text: str) -> str:
-    """docs/performance.md with this table between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
 def main() -> None:
     """Prints the table, or writes it into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", action="store_true", help="write docs/performance.md")
     if parser.parse_args().docs:
-        PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        page.put("aims", table())
     else:
         sys.stdout.write(table() + "\n")
 

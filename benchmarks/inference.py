@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks import page
 from benchmarks.counting import flops
 from benchmarks.tick_tax import IDS, compared, turns
 from ticktune.device import Compute, describe
@@ -31,8 +32,6 @@ from ticktune.patch.attach import adapter_parameters, adapter_state, attach, att
 from ticktune.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "inference.json"
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- inference -->", "<!-- end of inference -->"
 DIMS = (16, 64, 256)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Shape -> (config, rows, tokens in a row, rounds).
@@ -162,14 +161,6 @@ def section(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page_with(document: dict[str, Any]) -> str:
-    """docs/performance.md with this section between its marks."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{section(document)}\n\n{END}{after}"
-
-
 def main() -> None:
     """Measures what is asked for and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,7 +170,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="measure nothing, write docs/performance.md")
     arguments = parser.parse_args()
     if arguments.docs:
-        PAGE.write_text(page_with(json.loads(arguments.output.read_text(encoding="utf-8"))), encoding="utf-8")
+        page.put("inference", section(json.loads(arguments.output.read_text(encoding="utf-8"))))
         return
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -33,6 +33,7 @@ import torch
 import yaml
 from torch import nn
 
+from benchmarks import page
 from benchmarks.clock import go_on
 from benchmarks.counting import saved_bytes
 from benchmarks.curves import WINDOW, drawing
@@ -53,9 +54,7 @@ from ticktune.versions import versions
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "speed.json"
-PAGE = ROOT.parent / "docs" / "performance.md"
-IMAGES = PAGE.parent / "images"
-BEGIN, END = "<!-- speed -->", "<!-- end of speed -->"
+IMAGES = page.PAGE.parent / "images"
 DIM = 64
 """The ticks' dim."""
 
@@ -449,13 +448,6 @@ def curves(found: dict[str, Any]) -> str:
     return drawing(f"{found['title']}: loss, moving median of {WINDOW} steps", losses)
 
 
-def page_with(document: dict[str, Any]) -> str:
-    """docs/performance.md with this section between its marks."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{section(document)}\n{END}{after}"
-
-
 def machine_of(compute: Compute) -> dict[str, Any]:
     """The CPU, its threads, and which of the instructions that matter it has (Linux)."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -489,7 +481,7 @@ def main() -> None:
         return
     document = read_json(arguments.results) if arguments.results.exists() else {"cases": {}}
     if arguments.docs:
-        PAGE.write_text(page_with(document), encoding="utf-8")
+        page.put("speed", section(document))
         IMAGES.mkdir(exist_ok=True)
         for name in (name for name in WITH_CURVES if name in document["cases"]):
             (IMAGES / image_name(name)).write_text(curves(document["cases"][name]), encoding="utf-8")

@@ -24,6 +24,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks import page
 from benchmarks.counting import saved_bytes
 from benchmarks.tokens import Classes
 from ticktune.device import Compute, Precision, describe
@@ -36,8 +37,6 @@ from ticktune.train.steps import train_steps
 from ticktune.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "tick_tax.json"
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- tick_tax -->", "<!-- end of tick_tax -->"
 DIM, ROWS, LENGTH, LABELS = 64, 32, 32, 2
 IDS = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_labels": LABELS}
 # Shape -> (config, rounds in bf16, rounds in fp32).
@@ -256,14 +255,6 @@ def section(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page_with(document: dict[str, Any]) -> str:
-    """docs/performance.md with this section between its marks."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{section(document)}\n\n{END}{after}"
-
-
 def main() -> None:
     """Measures what is asked for and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,7 +264,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.docs:
         document = json.loads(arguments.output.read_text(encoding="utf-8"))
-        PAGE.write_text(page_with(document), encoding="utf-8")
+        page.put("tick_tax", section(document))
         return
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

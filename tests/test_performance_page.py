@@ -5,9 +5,13 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks import accuracy, aims, inference, loss, speed, tick_tax
+from benchmarks import accuracy, aims, inference, loss, page, speed, tick_tax
 
 ROOT = Path(__file__).parents[1]
+
+
+def _page() -> str:
+    return page.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_tables_of_the_loss_are_made_of_the_committed_results() -> None:
@@ -20,36 +24,34 @@ def test_the_tables_of_the_loss_are_made_of_the_committed_results() -> None:
 def test_the_section_on_ticks_is_made_of_the_results() -> None:
     document = json.loads(tick_tax.RESULTS.read_text(encoding="utf-8"))
     assert document["shapes"].keys() == tick_tax.SHAPES.keys()
-    assert tick_tax.page_with(document) == tick_tax.PAGE.read_text(encoding="utf-8")
+    assert page.page_with("tick_tax", tick_tax.section(document)) == _page()
 
 
 def test_the_section_beside_other_tools_is_made_of_the_results() -> None:
-    page = speed.PAGE.read_text(encoding="utf-8")
     if not speed.RESULTS.exists():
-        assert f"{speed.BEGIN}\n{speed.END}" in page
+        assert "\n".join(page.marks("speed")) in _page()
         return
     document = json.loads(speed.RESULTS.read_text(encoding="utf-8"))
     assert document["cases"].keys() == speed.CASES.keys()
-    assert speed.page_with(document) == page
+    assert page.page_with("speed", speed.section(document)) == _page()
     for name in speed.WITH_CURVES:
         drawn = (speed.IMAGES / speed.image_name(name)).read_text(encoding="utf-8")
         assert drawn == speed.curves(document["cases"][name])
 
 
 def test_the_time_to_accuracy_is_made_of_the_results() -> None:
-    page = speed.PAGE.read_text(encoding="utf-8")
     if not accuracy.RESULTS.exists():
-        assert f"{accuracy.BEGIN}\n{accuracy.END}" in page
+        assert "\n".join(page.marks("accuracy")) in _page()
         return
     document = json.loads(accuracy.RESULTS.read_text(encoding="utf-8"))
     assert {run["contender"] for run in document["runs"]} == accuracy.GRID.keys()
-    assert accuracy.page_with(document) == page
+    assert page.page_with("accuracy", accuracy.section(document)) == _page()
 
 
 def test_the_section_on_merged_models_is_made_of_the_results() -> None:
     document = json.loads(inference.RESULTS.read_text(encoding="utf-8"))
     assert document["shapes"].keys() == inference.SHAPES.keys()
-    assert inference.page_with(document) == inference.PAGE.read_text(encoding="utf-8")
+    assert page.page_with("inference", inference.section(document)) == _page()
 
 
 def test_a_merged_model_multiplies_by_its_wider_blocks_and_no_more() -> None:
@@ -63,6 +65,5 @@ def test_a_merged_model_multiplies_by_its_wider_blocks_and_no_more() -> None:
 
 
 def test_the_aims_are_told_from_the_results() -> None:
-    page = aims.PAGE.read_text(encoding="utf-8")
-    assert aims.page_with(page) == page
+    assert page.page_with("aims", aims.table()) == _page()
     assert "missed" in aims.table()  # it says so, and says it of something
