@@ -383,13 +383,18 @@ def table(document: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+_LEGEND = """MFU4: model FLOPs of a frozen base, 4 for each weight and token, with attention, beside the 989 TFLOP/s
+that an H100 or H200 is sold with. Of the floor: the least time that one H200 needs by products, attention and memory,
+beside the time taken. Of a product's rate: FLOPs in a second, beside those of one large product on this GPU."""
+
+
 def section(documents: dict[str, dict[str, Any]]) -> str:
     """The part of docs/performance.md that these results are.
 
     Args:
         documents: By call.
     """
-    parts = ["## On a GPU"]
+    parts = ["## On a GPU", _LEGEND]
     for call, document in documents.items():
         facts, found = document["machine"], document["versions"]
         clock = (facts.get("clocks_under_load") or {}).get("clocks.sm")
