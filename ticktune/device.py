@@ -147,7 +147,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     texts = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    if not isinstance(error, RuntimeError):
+        return False
+    # oneDNN says no more where it gets no memory; what it cannot compute has no primitive descriptor.
+    return str(error) == "could not create a primitive" or any(text in str(error) for text in texts)
 
 
 def describe(compute: Compute) -> dict[str, Any]:

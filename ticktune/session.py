@@ -339,8 +339,8 @@ class Session:
         try:
             with self._memory_named():
                 self._warn_little_space()
-                self.run.update(status="running", loss=self._choose_loss(goes_on=newest is not None))
-                self._choose_ffn()
+                loss = self._choose_loss(goes_on=newest is not None)
+                self.run.update(status="running", loss=loss, **self._choose_ffn())
                 # What is compiled depends on the rows that come first: they are the same in every stretch.
                 if newest is None or self.recipe.training.compile:
                     self._try_longest()
@@ -390,14 +390,19 @@ class Session:
             self.console.warn(f"the run goes on with all logits, as {head}: the result need not be bitwise the same")
         return f"{_PLAIN}: {head}"
 
-    def _choose_ffn(self) -> None:
-        """Computes ticks as the recipe or a trial says; a run goes on as it began."""
+    def _choose_ffn(self) -> dict[str, Any]:
+        """Computes ticks as the recipe or a trial says; a run goes on as it began.
+
+        Returns:
+            What the record says of it.
+        """
+        entries: dict[str, Any] = {}
         before = self.progress.ffn or self.run.record().get("ffn")
         if before is None and self._wide is not None and self.recipe.training.ffn == "auto":
             self._work = "timing ticks in split and wide form"
             trial = self._tried(self._wide)
             before = trial.choice
-            self.run.update(ffn_trial=asdict(trial))
+            entries["ffn_trial"] = asdict(trial)
             self.console.note(
                 f"training.ffn: {before}; a micro-batch took {trial.split:.3g} s split, and {trial.wide:.3g} s wide"
             )
@@ -409,7 +414,7 @@ class Session:
         self._use(self._wide if wanted == "wide" else None)
         if wanted == "split" and self._wide is not None:
             self._wide.release()
-        self.run.update(ffn=wanted)
+        return entries | {"ffn": wanted}
 
     def _use(self, wide: Wide | None) -> None:
         """Computes the ticks in wide form from now on; None: in split form."""
