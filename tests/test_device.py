@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ticktune import device
-from ticktune.device import Compute, choose_compute, describe, mix
+from ticktune.device import Compute, choose_compute, describe, is_out_of_memory, mix
 from ticktune.errors import RecipeError
 
 
@@ -126,3 +126,19 @@ def test_a_description_says_what_was_used() -> None:
     facts = describe(Compute(torch.device("cpu"), "fp32"))
     assert facts["name"]
     assert (facts["device"], facts["precision"], facts["threads"]) == ("cpu", "fp32", torch.get_num_threads())
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("could not create a primitive"), True),  # of oneDNN
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_errors(error: BaseException, found: bool) -> None:
+    assert is_out_of_memory(error) is found
