@@ -179,7 +179,8 @@ def main() -> None:
         document = json.loads(arguments.output.read_text(encoding="utf-8"))
     document |= {
         "what": "CPU time and FLOPs of a forward pass, merged models beside their base",
-        "command": "OMP_NUM_THREADS=1 python -m benchmarks.inference",
+        "command": "OMP_NUM_THREADS=1 python -m benchmarks.inference"
+        + (f" --rounds {arguments.rounds}" if arguments.rounds else ""),
         "machine": describe(Compute(torch.device("cpu"), "fp32")) | {"cores": os.cpu_count()},
         "versions": versions(),
     }
