@@ -156,7 +156,7 @@ def language(run: Run, case: str, shape: Shape, weights: list[Any], lengths: lis
         full = all(len(row) == 1 for row in shared)
         batches["packed"].append([task.collate(examples) if full else task.pack(shared)])
     budget = budget_of(shape, tick_dim(run))
-    return Subject(case, shape, weights, batches, mean_length(lengths), run.compute, budget)
+    return Subject(case, shape, weights, batches, mean_length(lengths), capacity, run.compute, budget)
 
 
 def tick_dim(run: Run) -> int:
@@ -274,16 +274,8 @@ def encoder(run: Run, name: str, weights: list[Any], rows: int, longest: int, di
     for layout in ("random", "by length"):
         numbers = divided(lengths, rows, layout)[: effort.steps]
         batches[layout] = [[task.collate([examples[i] for i in part])] for part in numbers]
-    batches["to the longest"] = [[_widened(micro, longest) for micro in batch] for batch in batches["random"]]
     case = f"{name}, {rows} rows of up to {longest}"
-    return Subject(case, shape, weights, batches, mean_length(lengths), run.compute, budget_of(shape, dim))
-
-
-def _widened(batch: dict[str, Any], longest: int) -> dict[str, Any]:
-    """The same rows, padded to a length: every batch has one shape, as CUDA graphs want it."""
-    names = ("input_ids", "attention_mask")
-    missing = longest - batch["input_ids"].shape[1]
-    return batch | {name: torch.nn.functional.pad(batch[name], (0, missing)) for name in names}
+    return Subject(case, shape, weights, batches, mean_length(lengths), longest, run.compute, budget_of(shape, dim))
 
 
 def encoder_ways(dim: int, *, few: bool) -> dict[str, Way]:
@@ -293,8 +285,9 @@ def encoder_ways(dim: int, *, few: bool) -> dict[str, Way]:
         REFERENCE: Way(ticks(0), "by length"),
         **{f"ticks, {form}, by length": replace(ours, adapt=ticks(dim, form)) for form in TICK_FORMS},
         "Trainer + PEFT LoRA, FFN, default": Way(lora(everywhere=False, best=False), "random", trainer=True),
+        "ticks, CUDA graphs": replace(ours, graphs=True),
         "ticks, compiled": replace(ours, layers="compiled"),
-        "ticks, CUDA graphs": replace(ours, layers="graphs", layout="to the longest"),
+        "ticks, compiled, CUDA graphs": replace(ours, layers="compiled", graphs=True),
     }
     more = {
         "PEFT LoRA, FFN, best": Way(lora(everywhere=False, best=True), "by length", autocast=False),

@@ -28,8 +28,14 @@ RESULTS = ROOT / "results" / "gpu_check.json"
 
 # Short runs: enough steps for a loss that means something, few enough for a CPU.
 CASES: dict[str, list[str]] = {
-    "sst2": ["data.train.limit=1000", "training.epochs=3", "optimizer.lr=1e-3"],
-    "stories": ["training={steps: 120, batch_size: 16}"],
+    "sst2": [
+        "data.train.limit=1000",
+        "training.epochs=2",
+        "optimizer.lr=1e-3",
+        "base.dropout=off",
+        "data.validation={path: '${TICKTUNE_DATA}/sst2/validation.jsonl', limit: 400}",
+    ],
+    "stories": ["training={steps: 40, batch_size: 8}"],
 }
 # How far a metric may be from the CPU's fp32: sampling of a few rows near the border, and rounding.
 TOLERANCE = {"sst2": ("accuracy", 0.02), "stories": ("perplexity", 1.0)}

@@ -25,13 +25,14 @@ from benchmarks.shapes import Shape, attention_flops, build, floor_seconds, mfu4
 from benchmarks.tokens import Classes, NextTokens, real_tokens
 from ticktune.device import Compute, is_out_of_memory
 from ticktune.errors import TicktuneError, first_line
-from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.attach import adapter_parameters, attach, set_training
 from ticktune.patch.standins import Checkpointed, Compiled, places_of, standing_in
 from ticktune.patch.wide import Wide
 from ticktune.tasks.batch import Batch
+from ticktune.train.graphs import Graphs, in_eighths
 from ticktune.train.groups import build_optimizer
 from ticktune.train.head_loss import Head, LossOf, find_head, head_loss, hidden_states, plain_loss
-from ticktune.train.steps import train_steps
+from ticktune.train.steps import gradients_of, train_steps
 
 Around = Callable[[], AbstractContextManager[Any]]
 """What a forward pass runs in."""
@@ -101,6 +102,7 @@ class Subject(NamedTuple):
         weights: Of the base, in bfloat16, on the device.
         batches: By layout, the micro-batches of each of as many steps as a turn has.
         length: What attention costs of.
+        longest: Tokens in a row at the most.
         compute: Device and precision.
         budget: Parameters that adapters should train.
     """
@@ -110,6 +112,7 @@ class Subject(NamedTuple):
     weights: list[Tensor]
     batches: dict[str, list[list[Batch]]]
     length: float
+    longest: int
     compute: Compute
     budget: int
 
@@ -147,8 +150,8 @@ class Way:
         adapt: Makes the model.
         layout: Key of the subject's batches.
         loss: ``ours``: without logits where that is possible; ``plain``; ``liger``; ``model``: the model's own.
-        layers: ``eager``; ``compiled``, each by itself; ``checkpointed``, its feed-forward block; ``graphs``, the model
-            compiled as a whole into CUDA graphs.
+        layers: ``eager``; ``compiled``, each by itself; ``checkpointed``, its feed-forward block.
+        graphs: Whether steps are CUDA graphs.
         autocast: Whether products of float32 tensors are made in bfloat16.
         trainer: Whether transformers' Trainer runs the steps, else ticktune's loop.
         adamw: ``fused`` or ``foreach``.
@@ -160,6 +163,7 @@ class Way:
     layout: str
     loss: str = "ours"
     layers: str = "eager"
+    graphs: bool = False
     autocast: bool = True
     trainer: bool = False
     adamw: str = "fused"
@@ -249,6 +253,9 @@ class Loop:
         self.parameters = [p for _, _, p in named]
         self._compute = subject.compute if way.autocast else replace(subject.compute, precision="fp32")
         self._batches = subject.batches[way.layout]
+        if way.graphs:
+            longest = subject.longest
+            self._batches = [[in_eighths(micro, longest, 0) for micro in batch] for batch in self._batches]
         self.tokens = [sum(map(real_tokens, batch)) for batch in self._batches]
         self._clock = Clock(subject.compute.device)
         self._stand_ins = _stand_ins(self.model, way.layers, subject.shape)
@@ -258,19 +265,27 @@ class Loop:
         if way.adamw == "foreach":
             for group in self._optimizer.param_groups:
                 group |= {"fused": False, "foreach": True}
+        scaler, around = self._compute.scaler(), lambda batch: self._around()
+        graphs = None
+        if way.graphs:
+            set_training(self.model, True)
+            run = gradients_of(self.model, self._loss_of, scaler, self._compute, around)
+            on_gpu = self._compute.device.type == "cuda"
+            graphs = Graphs(run, self._optimizer, self._compute, record=None if on_gpu else _run_again)
         self._steps = train_steps(
             self.model,
             [(name, p) for name, _, p in named],
             subject.task,
             itertools.cycle(self._batches),
             self._optimizer,
-            self._compute.scaler(),
+            scaler,
             self._compute,
             lr_factor=lambda step: 1.0,
             clip=1.0,
             seed=0,
             loss_of=self._loss_of,
-            around=lambda batch: self._around(),
+            around=around,
+            graphs=graphs,
         )
 
     def _around(self) -> ExitStack:
@@ -432,7 +447,7 @@ class _Batches(torch.utils.data.Dataset[Any]):
 
 
 def _stand_ins(model: nn.Module, kind: str, shape: Shape) -> dict[nn.Module, nn.Module]:
-    if kind in ("eager", "graphs"):
+    if kind == "eager":
         return {}
     [layers] = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == shape.layers]
     if kind == "compiled":
@@ -452,8 +467,6 @@ def _allow_graphs() -> None:
 def _loss_of(way: Way, subject: Subject, model: nn.Module, batch: Batch, compute: Compute) -> tuple[str, LossOf]:
     """The name of the loss that is taken, and the loss."""
     task = subject.task
-    if way.layers == "graphs":
-        return "plain", _as_graphs(model, task)
     if way.loss == "model":
         return "model", lambda model, batch: _own_loss(model, task, batch)
     if way.loss == "plain" or not subject.shape.causal or way.full:
@@ -463,7 +476,7 @@ def _loss_of(way: Way, subject: Subject, model: nn.Module, batch: Batch, compute
     found = find_head(model, task, compute.put(batch), compute)
     if not isinstance(found, Head):
         raise ValueError(f"the loss without logits is not possible: {found}")
-    return "ours", head_loss(task, found)
+    return "ours", head_loss(task, found, compiled=way.layers == "compiled")
 
 
 def _own_loss(model: nn.Module, task: Any, batch: Batch) -> Tensor:
@@ -473,20 +486,10 @@ def _own_loss(model: nn.Module, task: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def _as_graphs(model: nn.Module, task: Any) -> LossOf:
-    """The plain loss of the whole model as CUDA graphs; on a CPU by the backend that layers are compiled by."""
-    from ticktune.patch import standins
-
-    _allow_graphs()
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"backend": standins.BACKEND}
-    compiled = torch.compile(model, dynamic=False, **options)
-
-    def loss(_: nn.Module, batch: Batch) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return task.loss(task.forward(compiled, batch), batch)  # type: ignore[no-any-return]
-
-    return loss
+def _run_again(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+    """What stands for a CUDA graph on a CPU: the same computation."""
+    loss = run().clone()
+    return lambda: loss.copy_(run()), loss
 
 
 def _liger(task: Any, model: nn.Module) -> LossOf:
@@ -549,7 +552,7 @@ def measure(
     finally:
         while ready:
             ready.popitem()[1].run.close()
-        if any(way.layers in ("compiled", "graphs") for way in ways.values()):
+        if any(way.layers == "compiled" for way in ways.values()):
             torch._dynamo.reset()  # graphs hold what they were made of
         memory.forget()
 

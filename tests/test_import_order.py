@@ -64,6 +64,7 @@ ORDER = [
     "ticktune.remarks",
     "ticktune.data.batches",
     "ticktune.train.groups",
+    "ticktune.train.graphs",
     "ticktune.train.head_loss",
     "ticktune.train.packing",
     "ticktune.train.ffn",

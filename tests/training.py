@@ -19,6 +19,7 @@ from ticktune.recipe.schema import Optimizer, Schedule
 from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.task import Batch, EncodingReport, TaskOptions
 from ticktune.tasks.text_classification import TextClassification
+from ticktune.train.graphs import Graphs
 from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import LossOf
 from ticktune.train.steps import Around, StepReport, train_steps
@@ -86,6 +87,7 @@ def steps(
     first_step: int = 0,
     loss_of: LossOf | None = None,
     around: Around = nullcontext,
+    graphs: Graphs | None = None,
 ) -> Iterator[StepReport]:
     """The training loop on a schedule of 20 steps."""
     return train_steps(
@@ -103,6 +105,7 @@ def steps(
         first_step=first_step,
         loss_of=loss_of,
         around=around,
+        graphs=graphs,
     )
 
 

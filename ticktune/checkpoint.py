@@ -191,7 +191,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     tensors = {}
     for key, _, parameter in adapter_parameters(model):
         for name, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}#{name}"] = value
+            # Parameters that lie in one buffer have one count of steps, and a file no two names for a tensor.
+            tensors[f"{key}#{name}"] = value.clone() if name == "step" else value
     return tensors
 
 

@@ -100,6 +100,12 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     check_possible(recipe.base.quantize, compute.device)
     if recipe.training.compile:
         check_compiler(compute.device, loaded.where("training.compile"))
+    if recipe.training.cuda_graphs and compute.device.type != "cuda":
+        raise RecipeError(
+            f"CUDA graphs need a CUDA device, found {compute.device}",
+            where=loaded.where("training.cuda_graphs"),
+            fix="set training.cuda_graphs: false",
+        )
     rows = read_splits(loaded, poll)
     _refuse_training_rows(loaded, rows)
     base = _locate_base(loaded)

@@ -29,7 +29,7 @@ from ticktune.errors import (
 from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
-from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of
+from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, set_training
 from ticktune.patch.standins import Checkpointed, Compiled, Context, find_prefix, layers_of, places_of, standing_in
 from ticktune.patch.wide import Wide
 from ticktune.prepare import Prepared
@@ -41,12 +41,13 @@ from ticktune.report.page import report_page
 from ticktune.signals import Signals, StopAsked
 from ticktune.tasks.task import Batch, Example, Task
 from ticktune.train.ffn import Trial, timed, wide_obstacle
+from ticktune.train.graphs import Graphs, in_eighths
 from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, ends_of, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
 from ticktune.train.packing import packed_pair, packing_obstacle
 from ticktune.train.prefix import NUMBERS, PrefixCache, refuse_dropout
-from ticktune.train.steps import StepReport, train_steps, try_step
+from ticktune.train.steps import StepReport, gradients_of, train_steps, try_step
 from ticktune.versions import versions
 
 _PLAIN, _CHUNKED = "plain", "chunked"
@@ -380,11 +381,14 @@ class Session:
         task = self.prepared.task
         if type(task).targets is Task.targets:
             return f"{_PLAIN}: it is not that of a language-model head"
+        if self.recipe.training.cuda_graphs:
+            return f"{_PLAIN}: a CUDA graph cannot leave out positions that have no label"
         self._work = "trying the shortest rows"
         batch = _collated(self.prepared, ends_of(_shortest(self.prepared)))
         head = find_head(self.model, task, self.compute.put(batch), self.compute)
         if isinstance(head, Head):
-            self.loss_of = head_loss(task, head)
+            compiled = self.recipe.training.compile and self.compute.device.type == "cuda"
+            self.loss_of = head_loss(task, head, compiled=compiled)
             return _CHUNKED
         if goes_on:
             self.console.warn(f"the run goes on with all logits, as {head}: the result need not be bitwise the same")
@@ -526,9 +530,35 @@ class Session:
         """A micro-batch of these training examples."""
         task, examples = self.prepared.task, self.prepared.examples["train"].take(numbers)
         if not self.recipe.training.packing:
-            return task.collate(examples, seed=seed)
+            batch = task.collate(examples, seed=seed)
+            return self._in_few_shapes(batch) if self.recipe.training.cuda_graphs else batch
         rows = packed_rows([example["length"] for example in examples], self.recipe.data.max_length)
         return task.pack([[examples[i] for i in row] for row in rows])
+
+    def _in_few_shapes(self, batch: Batch) -> Batch:
+        filler = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        return in_eighths(batch, self.recipe.data.max_length, filler or 0)
+
+    def _built_graphs(self) -> Graphs | None:
+        """Proves that gradients can come from CUDA graphs; None where the recipe does not ask for it.
+
+        Raises:
+            RecipeError: They cannot.
+        """
+        if not self.recipe.training.cuda_graphs:
+            return None
+        self._work = "recording the shortest rows"
+        set_training(self.model, True, base_dropout=self.recipe.base.dropout == "keep")
+        run = gradients_of(self.model, self.loss_of, self.scaler, self.compute, self._around)
+        graphs = Graphs(run, self.optimizer, self.compute, unused=[NUMBERS])
+        batch = self._in_few_shapes(_collated(self.prepared, _shortest(self.prepared)))
+        obstacle = graphs.obstacle(batch, max(1.0, self.prepared.task.weight(batch)))
+        if obstacle is not None:
+            where = self.prepared.loaded.where("training.cuda_graphs")
+            raise RecipeError(
+                f"steps cannot be CUDA graphs: {obstacle}", where=where, fix="set training.cuda_graphs: false"
+            )
+        return graphs
 
     def _described(self, numbers: Sequence[int]) -> str:
         longest = max(self.prepared.examples["train"].lengths[number] for number in numbers)
@@ -552,6 +582,7 @@ class Session:
             first_step=first,
             loss_of=self.loss_of,
             around=self._around,
+            graphs=self._built_graphs(),
         )
         with self.console.progress(self.plan.total, first) as bar, self._rows_named():
             for report in reports:

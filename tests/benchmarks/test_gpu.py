@@ -83,7 +83,7 @@ def test_the_optimizer_is_that_of_a_recipe_without_a_section() -> None:
 def test_lora_is_given_as_many_parameters_as_ticks(name: str, dim: int) -> None:
     shape, meta = SHAPES[name], torch.device("meta")
     compute = Compute(meta, "bf16")
-    subject = Subject("", shape, weights_of(shape, compute), {}, 1.0, compute, budget_of(shape, dim))
+    subject = Subject("", shape, weights_of(shape, compute), {}, 1.0, 1, compute, budget_of(shape, dim))
     with meta:
         trained = sum(p.numel() for _, _, p in lora(everywhere=False, best=True)(subject).named)
     assert trained / subject.budget == pytest.approx(1, abs=0.1)
@@ -135,7 +135,7 @@ def subject() -> Subject:
     compute = Compute(CPU, "bf16")
     batches = {"packed": [[NextTokens().collate(drawn([16, 16], LLAMA.vocabulary))]]}
     length = mean_length([16, 16])
-    return Subject("a case", LLAMA, weights_of(LLAMA, compute), batches, length, compute, budget_of(LLAMA, 8))
+    return Subject("a case", LLAMA, weights_of(LLAMA, compute), batches, length, 32, compute, budget_of(LLAMA, 8))
 
 
 def test_lack_of_memory_ends_one_way_and_not_the_others(subject: Subject) -> None:
@@ -216,8 +216,8 @@ def _ticks(dim: int) -> set[str]:
 _TICKS = _ticks(8)
 _ENCODERS = {
     REFERENCE, "ticks, split, by length", "ticks, wide, by length", "ticks, random", "ticks, compiled",
-    "ticks, CUDA graphs", "ticks, AdamW foreach", "PEFT LoRA, FFN, best", "Trainer + PEFT LoRA, FFN, default",
-    "full fine-tuning",
+    "ticks, CUDA graphs", "ticks, compiled, CUDA graphs", "ticks, AdamW foreach", "PEFT LoRA, FFN, best",
+    "Trainer + PEFT LoRA, FFN, default", "full fine-tuning",
 }  # fmt: skip
 _LANGUAGE = {REFERENCE, *_TICKS, "PEFT LoRA, FFN, best"}
 WAYS: dict[str, dict[str, set[str]]] = {

@@ -160,6 +160,22 @@ def accepted(folder: Path, text: str) -> Recipe:
                 "switch one of them off",
             ),
         ),
+        *(
+            (
+                HEAD.replace("text-classification", "causal-lm")
+                + f"data: {{train: a}}\nticks: {{layers: last:1}}\ntraining: {{cuda_graphs: true, {key}: {value}}}\n",
+                Problem(f"with training.{key}, {why}", "r.yaml:5:12 training.cuda_graphs", "switch one of them off"),
+            )
+            for key, value, why in (
+                ("packing", "true", "packed rows have positions without a label, which a graph cannot leave out"),
+                ("prefix_cache", "disk", "what is kept of a row is read by its number"),
+                (
+                    "gradient_checkpointing",
+                    "true",
+                    "a layer that is computed again reads the state of a random generator",
+                ),
+            )
+        ),
         (
             HEAD + "data: {train: a}\nevaluation: {metric: acuracy}\n",
             Problem(
@@ -237,7 +253,12 @@ def accepted(folder: Path, text: str) -> Recipe:
                     "remove it",
                 ),
             )
-            for key, value in (("prefix_cache", "memory"), ("ffn", "auto"), ("compile", "true"))
+            for key, value in (
+                ("prefix_cache", "memory"),
+                ("ffn", "auto"),
+                ("compile", "true"),
+                ("cuda_graphs", "true"),
+            )
         ),
         (
             HEAD + 'data: {train: a}\noutput: "a\\nb"\n',

@@ -495,6 +495,11 @@ def test_a_path_on_the_command_line_starts_from_the_working_directory(
     assert load(tmp_path, BASE, override).recipe.data.train.path == str(tmp_path / "work" / "x.jsonl")
 
 
+@pytest.mark.parametrize("override", ["data.train=${FOLDER}/x.jsonl", "data.train={path: '${FOLDER}/x.jsonl'}"])
+def test_a_path_on_the_command_line_that_begins_with_a_variable_stays_as_written(tmp_path: Path, override: str) -> None:
+    assert load(tmp_path, BASE, override).recipe.data.train.path == "${FOLDER}/x.jsonl"
+
+
 def test_a_path_in_the_file_stays_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

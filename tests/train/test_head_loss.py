@@ -17,6 +17,7 @@ from tests.models import HIDDEN, LAYERS, families, inputs, perturb
 from tests.training import CPU, CPU_FP16, causal_lm, optimizer_of, snapshot, steps
 from ticktune.device import Compute
 from ticktune.evaluate import score
+from ticktune.patch import standins
 from ticktune.patch.attach import adapter_parameters, attach
 from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.masked_lm import MaskedLm
@@ -79,6 +80,34 @@ def test_loss_and_gradient_are_those_of_all_logits(shape: str, chunk: int | None
     [own] = torch.autograd.grad(3 * found, states)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(own, 3 * slope, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_compiled_loss_and_gradient_are_those_of_all_logits(
+    shape: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _check_compiled("aot_eager", shape, smoothing, monkeypatch)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_compiled("inductor", "scale and cap", 0.1, monkeypatch)
+
+
+def _check_compiled(backend: str, shape: str, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standins, "BACKEND", backend)
+    head, targets, states = _head(**SHAPES[shape]), _targets(), _states()
+    expected = _reference(states, targets, head, smoothing)
+    [slope] = torch.autograd.grad(expected, states)
+    for chunk in (4, None):
+        found = linear_cross_entropy(states, targets, head, smoothing, chunk=chunk, compiled=True)
+        [own] = torch.autograd.grad(3 * found, states)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(own, 3 * slope, rtol=1e-12, atol=1e-14)
+        with torch.no_grad():
+            alone = linear_cross_entropy(states.detach(), targets, head, smoothing, chunk=chunk, compiled=True)
+        torch.testing.assert_close(alone, expected.detach(), rtol=1e-13, atol=1e-13)
 
 
 def test_gradient_is_that_of_finite_differences() -> None:

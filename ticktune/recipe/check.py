@@ -147,7 +147,7 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
             "training.micro_batch_size",
             f"expected at most batch_size = {training.batch_size}, found {training.micro_batch_size}",
         )
-    for key in ("packing", "prefix_cache", "ffn", "compile"):
+    for key in ("packing", "prefix_cache", "ffn", "compile", "cuda_graphs"):
         if getattr(training, key) != type(training).model_fields[key].default and not training.fast:
             wrong(f"training.{key}", "it is one of the ways that training.fast: false switches off", "remove it")
     if training.ffn == "wide" and (recipe.ticks.dim == 0 or recipe.ticks.dropout):
@@ -155,6 +155,13 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
         wrong("training.ffn", f"ticks cannot be wide: {why}", "set training.ffn: split")
     if recipe.ticks.dim == 0 and recipe.norms.train == "none" and recipe.head.train is False:
         wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
+    for key, why in (
+        ("packing", "packed rows have positions without a label, which a graph cannot leave out"),
+        ("prefix_cache", "what is kept of a row is read by its number"),
+        ("gradient_checkpointing", "a layer that is computed again reads the state of a random generator"),
+    ):
+        if training.cuda_graphs and getattr(training, key) != type(training).model_fields[key].default:
+            wrong("training.cuda_graphs", f"with training.{key}, {why}", "switch one of them off")
     if training.prefix_cache != "off":
         if training.packing:
             fix = "switch one of them off"

@@ -370,8 +370,8 @@ def _apply_overrides(tree: Tree, overrides: Iterable[str]) -> list[Problem]:
 def _from_working_directory(path: Path_, value: Any) -> Any:
     # Paths in a recipe are relative to the recipe; on the command line, to the working directory.
     if path[0] == "data" and len(path) > 1 and path[1] in _SPLITS:
-        if isinstance(value, dict) and isinstance(value.get("path"), str):
-            return {**value, "path": os.path.abspath(value["path"])}
+        if isinstance(value, dict) and isinstance(value.get("path"), str) and "$" not in value["path"]:
+            return {**value, "path": os.path.abspath(os.path.expanduser(value["path"]))}
         if isinstance(value, str) and path[2:] in ((), ("path",)) and "$" not in value:
             return os.path.abspath(os.path.expanduser(value))
     if path == ("base", "model") and isinstance(value, str) and os.path.isdir(os.path.expanduser(value)):

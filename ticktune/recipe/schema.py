@@ -396,13 +396,17 @@ class Training(Section):
     compile: bool = False
     """Compile the layers with torch (inductor; on a CPU it needs a C++ compiler): faster steps after half a minute or
     more at the start. Losses differ by rounding."""
+    cuda_graphs: bool = False
+    """Record the kernels of a step once for each shape of batch, and start them with one call: steps of a small model
+    are several times faster. Rows are padded to one of eight lengths, so that shapes are few; losses differ by
+    rounding. It needs a CUDA device."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial values, the row order and dropout."""
     fast: bool = True
     """Ways of computing that are faster or keep less, and agree with the plain ones to rounding: the loss of language
     models without their logits, and their scores in evaluation; less kept for the backward pass of gated units,
     activations and norms without mean; Q and U of a gated tick in one product. false: the plain ones; packing,
-    prefix_cache, ffn and compile must be off then."""
+    prefix_cache, ffn, compile and cuda_graphs must be off then."""
 
 
 class Generate(Section):

@@ -4,6 +4,7 @@ Positions without a target are dropped before the head's matrix product, at most
 a time, and the frozen head gets no gradient. What it computes is :func:`ticktune.tasks.task.token_loss`, to rounding.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ticktune.device import Compute
 from ticktune.errors import first_line
+from ticktune.patch import standins
 from ticktune.tasks.batch import IGNORED, Batch, Example
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 LossOf = Callable[[nn.Module, Batch], Tensor]
 """The loss of a batch, summed over what the task counts: a float32 scalar."""
+
+ChunkLoss = Callable[[Tensor, Tensor, "Head", float, bool], tuple[Tensor, Tensor | None]]
+"""From logits, targets, head, smoothing, and whether it is wanted: a chunk's loss, and its gradient by the logits."""
 
 CHUNK_ROWS = 4096
 """The most positions at once; fewer make narrow matrix products."""
@@ -67,20 +72,20 @@ def plain_loss(task: "Task") -> LossOf:
     return lambda model, batch: task.loss(task.forward(model, batch), batch)
 
 
-def head_loss(task: "Task", head: Head) -> LossOf:
+def head_loss(task: "Task", head: Head, *, compiled: bool = False) -> LossOf:
     """The same loss by the hidden states, without the logits.
 
     Args:
         task: Its ``targets`` are not None.
         head: From :func:`find_head`, of the model that the loss is taken of.
+        compiled: As of :func:`linear_cross_entropy`.
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         targets = task.targets(batch)
         assert targets is not None
-        return linear_cross_entropy(
-            hidden_states(model, task, batch, head), targets, head, task.options.label_smoothing
-        )
+        states = hidden_states(model, task, batch, head)
+        return linear_cross_entropy(states, targets, head, task.options.label_smoothing, compiled=compiled)
 
     return loss
 
@@ -222,7 +227,13 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: Head, smoothing: float = 0.0, *, chunk: int | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    smoothing: float = 0.0,
+    *,
+    chunk: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Cross entropy of a frozen head's logits, summed over the positions that have a target.
 
@@ -232,6 +243,8 @@ def linear_cross_entropy(
         head: How logits are made.
         smoothing: Share of the target that all tokens get.
         chunk: Positions at once; None: as many as :data:`CHUNK_ROWS` and :data:`CHUNK_BYTES` allow.
+        compiled: Whether torch compiles what stands between a chunk's two matrix products: it then reads the logits
+            twice and writes their gradient once, where eagerly float32 copies are made on the way.
 
     Returns:
         A scalar, float32, or float64 where ``hidden`` is; its gradient can be taken once.
@@ -243,7 +256,8 @@ def linear_cross_entropy(
     if hidden.dtype == torch.float64:
         dtype = torch.float64
     size = chunk or _chunk(head)
-    loss: Tensor = _LinearCrossEntropy.apply(flat, kept, labels[kept], head, smoothing, size, dtype)
+    chunk_loss = _compiled(standins.BACKEND, head.scale, head.cap, smoothing) if compiled else _chunk_loss
+    loss: Tensor = _LinearCrossEntropy.apply(flat, kept, labels[kept], head, smoothing, size, dtype, chunk_loss)
     return loss
 
 
@@ -260,6 +274,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         smoothing: float,
         chunk: int,
         dtype: torch.dtype,
+        chunk_loss: ChunkLoss,
     ) -> Tensor:
         """Sums the loss; ``hidden`` is (positions, hidden), ``kept`` and ``targets`` (learned,)."""
         needs_gradient = ctx.needs_input_grad[0]
@@ -272,7 +287,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(kept), max(1, size)):
                 part = slice(start, start + size)
                 z = F.linear(hidden[kept[part]].to(dtype), weight, bias)
-                value, slope = _chunk_loss(z, targets[part], head, smoothing, needs_gradient)
+                value, slope = chunk_loss(z, targets[part], head, smoothing, needs_gradient)
                 loss += value
                 if slope is not None:
                     torch.mm(slope.to(dtype), weight, out=gradient[part])
@@ -289,7 +304,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shape, dtype = ctx.like
         whole = gradient.new_zeros(shape, dtype=dtype)
         whole[kept] = (gradient * grad_output).to(dtype)
-        return whole, None, None, None, None, None, None
+        return whole, *[None] * 7
 
 
 def _chunk_loss(
@@ -313,6 +328,39 @@ def _chunk_loss(
     if head.scale != 1:
         slope *= head.scale
     return loss, slope
+
+
+@functools.cache
+def _compiled(backend: str, scale: float, cap: float | None, smoothing: float) -> ChunkLoss:
+    """:func:`_chunk_loss` of one kind of head, for any number of positions, as torch compiles it."""
+
+    def fused(z: Tensor, target: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        logits = _wide(z) * scale
+        if cap is not None:
+            logits = (logits / cap).tanh() * cap
+        log_p = logits - logits.logsumexp(-1, keepdim=True)
+        loss = -log_p.gather(1, target[:, None])[:, 0] * (1 - smoothing)
+        if smoothing:
+            loss = loss - log_p.sum(-1) * (smoothing / z.shape[1])
+        if not needs_gradient:
+            return loss, None
+        is_target = torch.arange(z.shape[1], device=z.device) == target[:, None]
+        slope = log_p.exp() - smoothing / z.shape[1] - (1 - smoothing) * is_target.to(log_p.dtype)
+        if cap is not None:
+            slope = slope * (1 - (logits / cap).square())
+        return loss, (slope * scale).to(z.dtype)
+
+    compiled = torch.compile(fused, backend=backend)
+
+    def chunk_loss(
+        z: Tensor, target: Tensor, head: Head, smoothing: float, needs_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        for each in (z, target):
+            torch._dynamo.maybe_mark_dynamic(each, 0)
+        loss, slope = compiled(z, target, needs_gradient)
+        return loss.sum(), slope
+
+    return chunk_loss
 
 
 def _bias(head: Head, dtype: torch.dtype) -> Tensor | None:

@@ -18,6 +18,7 @@ from ticktune.device import Compute, mix
 from ticktune.errors import NumericsError
 from ticktune.patch.attach import set_training
 from ticktune.tasks.batch import Batch
+from ticktune.train.graphs import Graphs, Run
 from ticktune.train.head_loss import LossOf, plain_loss
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def train_steps(
     first_step: int = 0,
     loss_of: LossOf | None = None,
     around: Around = nullcontext,
+    graphs: Graphs | None = None,
 ) -> Iterator[StepReport]:
     """Trains some parameters of a model.
 
@@ -94,6 +96,7 @@ def train_steps(
         first_step: Steps that are done already.
         loss_of: How the loss of a micro-batch is computed; None: by the task's forward and loss.
         around: Gives what the forward pass of a micro-batch runs in.
+        graphs: Computes the gradients, and has the optimizer, of :func:`gradients_of` this model; None: none does.
 
     Yields:
         A report after each optimizer step.
@@ -101,30 +104,36 @@ def train_steps(
     Raises:
         NumericsError: A loss or gradient is not finite; the parameters are then as before the step.
     """
-    parameters = [parameter for _, parameter in named]
-    loss_of = loss_of or plain_loss(task)
+    parameters = [parameter for _, parameter in named] if graphs is None else graphs.parameters
+    optimizer = optimizer if graphs is None else graphs.optimizer
+    run = gradients_of(model, loss_of or plain_loss(task), scaler, compute, around)
+    set_training(model, True, base_dropout=base_dropout)
     skipped_in_a_row = 0
     for step, batch in enumerate(batches, start=first_step):
         started = time.perf_counter()
-        set_training(model, True, base_dropout=base_dropout)
+        if graphs is None:
+            set_training(model, True, base_dropout=base_dropout)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(step)
         weight = sum(task.weight(micro) for micro in batch)
         loss = torch.zeros((), device=compute.device)
         for number, micro in enumerate(batch):
-            loss += _backward(
-                model, loss_of, compute.put(micro), weight, scaler, compute, mix(seed, step, number), around
-            )
+            drawn = mix(seed, step, number)
+            if graphs is not None:
+                loss += graphs.backward(micro, weight, drawn)
+            else:
+                torch.manual_seed(drawn)
+                loss += run(compute.put(micro), weight)
         scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
-        value = float(loss)
+        found = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        value, norm = torch.stack([loss.double(), found.double()]).tolist()  # a GPU is waited for once
         overflow = scaler.is_enabled() and math.isfinite(value) and not math.isfinite(norm)
         if not overflow and not (math.isfinite(norm) and math.isfinite(value)):
             raise _not_finite(step, value, named)
         scale = float(scaler.get_scale())
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=graphs is None)
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
         if skipped_in_a_row > _MAX_SKIPPED:
             raise NumericsError(
@@ -164,27 +173,25 @@ def try_step(
     devices = [compute.device] if compute.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         set_training(model, True, base_dropout=base_dropout)
+        torch.manual_seed(0)
         weight = max(1.0, task.weight(batch))
-        _backward(model, loss_of or plain_loss(task), compute.put(batch), weight, scaler, compute, 0, around)
+        gradients_of(model, loss_of or plain_loss(task), scaler, compute, around)(compute.put(batch), weight)
     np.random.set_state(numpy_state)
     optimizer.zero_grad(set_to_none=True)
 
 
-def _backward(
-    model: nn.Module,
-    loss_of: LossOf,
-    batch: Batch,
-    weight: float,
-    scaler: torch.amp.GradScaler,
-    compute: Compute,
-    seed: int,
-    around: Around,
-) -> Tensor:
-    torch.manual_seed(seed)
-    with around(batch), compute.autocast():
-        loss = loss_of(model, batch) / weight
-    scaler.scale(loss).backward()
-    return loss.detach()
+def gradients_of(
+    model: nn.Module, loss_of: LossOf, scaler: torch.amp.GradScaler, compute: Compute, around: Around
+) -> Run:
+    """How the gradients of a micro-batch are computed. Args as :func:`train_steps`."""
+
+    def run(batch: Batch, weight: Tensor | float) -> Tensor:
+        with around(batch), compute.autocast():
+            loss = loss_of(model, batch) / weight
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    return run
 
 
 def _not_finite(step: int, loss: float, named: Sequence[tuple[str, nn.Parameter]]) -> NumericsError:
