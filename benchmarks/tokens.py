@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.data.batches import epoch_batches, packed_rows
-from ticktune.tasks.batch import IGNORED, Batch
+from ticktune.tasks.batch import IGNORED, SEGMENTS, Batch
 
 
 class NextTokens:
@@ -52,9 +52,12 @@ class NextTokens:
         """Examples one after the other, positions beginning anew with each."""
         ids = _padded([[token for e in row for token in e["input_ids"]] for row in rows], 0)
         labels = _padded([[n for e in row for n in (IGNORED, *e["input_ids"][1:])] for row in rows], IGNORED)
-        positions = [[place for e in row for place in range(e["length"])] for row in rows]
-        filled = [[*row, *range(ids.shape[1] - len(row))] for row in positions]
-        return _counted({"input_ids": ids, "position_ids": torch.tensor(filled), "labels": labels}, sum(map(len, rows)))
+        lengths = [[e["length"] for e in row] for row in rows]
+        lengths = [[*row, ids.shape[1] - sum(row)] for row in lengths]  # what fills a row up is one more
+        positions = torch.tensor([[place for length in row for place in range(length)] for row in lengths])
+        segments = [length for row in lengths for length in row if length]
+        batch = {"input_ids": ids, "position_ids": positions, "labels": labels, SEGMENTS: segments}
+        return _counted(batch, sum(map(len, rows)))
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
         """A row for each example, padded on the right."""

@@ -3,7 +3,7 @@
 import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, set_training
+from ticktune.patch.segments import Segments, has_kernel
 from ticktune.patch.standins import Checkpointed, Compiled, Context, find_prefix, layers_of, places_of, standing_in
 from ticktune.patch.wide import Wide
 from ticktune.prepare import Prepared
@@ -51,6 +52,7 @@ from ticktune.train.steps import StepReport, gradients_of, train_steps, try_step
 from ticktune.versions import versions
 
 _PLAIN, _CHUNKED = "plain", "chunked"
+_MASKED, _BY_SEGMENTS = "masked", "segments"
 _PROOF_ROWS = 2
 _IDLE_STEPS = 10  # Q and U have no gradient while P is zero, in the first step
 
@@ -85,28 +87,43 @@ def begin(prepared: Prepared, model: nn.Module, run: RunFolder, console: Console
         run.write_recipe(prepared.loaded)
 
 
-def check_packing(prepared: Prepared, model: nn.Module, console: Console) -> None:
-    """Refuses to pack the rows of a model that does not keep their examples apart.
+def build_segments(prepared: Prepared, model: nn.Module, console: Console) -> Segments | str | None:
+    """Proves that a model keeps the examples of packed rows apart: by attention inside of them, or else by masks.
 
     Args:
         prepared: Recipe, task and examples.
         model: With ticks.
         console: Where to print.
 
+    Returns:
+        How it attends, or why by masks; None: rows are not packed.
+
     Raises:
-        BaseModelError: The proof fails.
+        BaseModelError: Both proofs fail.
     """
-    recipe, examples = prepared.loaded.recipe, prepared.examples["train"]
+    recipe, examples, compute = prepared.loaded.recipe, prepared.examples["train"], prepared.compute
     if not recipe.training.packing:
-        return
-    pair = packed_pair(examples.lengths, recipe.data.max_length)
-    if pair is None:
+        return None
+    numbers = packed_pair(examples.lengths, recipe.data.max_length)
+    if numbers is None:
         console.note("training.packing: no two examples fit into a row of data.max_length, so none is shared")
-        return
-    obstacle = packing_obstacle(model, prepared.task, examples.take(list(pair)), prepared.compute)
+        return "no two examples fit into a row"
+    pair = examples.take(list(numbers))
+    if recipe.training.compile and not has_kernel(compute):
+        reason: str | None = "compiled layers would have a graph for each batch"
+    else:
+        try:
+            segments, keeps_dropout = Segments(model), recipe.base.dropout == "keep"
+            reason = packing_obstacle(model, prepared.task, pair, compute, segments, base_dropout=keeps_dropout)
+        except PatchError as error:
+            reason = error.problems[0].message
+        if reason is None:
+            return segments
+    obstacle = packing_obstacle(model, prepared.task, pair, compute)
     if obstacle is not None:
         where = prepared.loaded.where("training.packing")
         raise BaseModelError(obstacle, where=where, fix="set training.packing: false")
+    return reason
 
 
 def recipe_identity(loaded: LoadedRecipe, run: RunFolder) -> dict[str, Any]:
@@ -262,6 +279,7 @@ class Session:
         signals: Polled between steps and in evaluations.
         cache: Keeps the result of the frozen lower layers, from :func:`build_prefix_cache`; None: none does.
         wide: The wide form of the ticks, from :func:`build_wide`; None: they have the split form.
+        segments: How packed rows attend, from :func:`build_segments`.
     """
 
     def __init__(
@@ -274,6 +292,7 @@ class Session:
         signals: Signals,
         cache: PrefixCache | None = None,
         wide: Wide | None = None,
+        segments: Segments | str | None = None,
     ) -> None:
         self.prepared, self.plan, self.model, self.run, self.console, self.signals = (
             prepared,
@@ -302,6 +321,8 @@ class Session:
         self._wide = wide
         self._ffn: Context = nullcontext  # what ticks of the chosen form run in,
         self._again: Context = nullcontext  # and what they do when a layer is computed again
+        self._found_segments = segments
+        self._segments: Segments | None = None  # by which packed rows attend
         self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
         self._places = places_of(model, self._layers)
         self._stand_ins = self._built_stand_ins()
@@ -315,7 +336,7 @@ class Session:
         if training.compile:
             found = {layer: Compiled(layer) for layer in self._layers}
         if training.gradient_checkpointing:
-            found = {layer: Checkpointed(inner, lambda: self._again()) for layer, inner in found.items()}
+            found = {layer: Checkpointed(inner, self._computed_again) for layer, inner in found.items()}
         return found
 
     def go(self) -> None:
@@ -341,7 +362,8 @@ class Session:
             with self._memory_named():
                 self._warn_little_space()
                 loss = self._choose_loss(goes_on=newest is not None)
-                self.run.update(status="running", loss=loss, **self._choose_ffn())
+                attention = self._choose_attention(goes_on=newest is not None)
+                self.run.update(status="running", loss=loss, **attention, **self._choose_ffn())
                 # What is compiled depends on the rows that come first: they are the same in every stretch.
                 if newest is None or self.recipe.training.compile:
                     self._try_longest()
@@ -393,6 +415,28 @@ class Session:
         if goes_on:
             self.console.warn(f"the run goes on with all logits, as {head}: the result need not be bitwise the same")
         return f"{_PLAIN}: {head}"
+
+    def _choose_attention(self, *, goes_on: bool) -> dict[str, str]:
+        """Lets packed rows attend by segments where that is proved; a run goes on as it began.
+
+        Returns:
+            What the record says of it.
+        """
+        found = self._found_segments
+        if found is None:
+            return {}
+        # A run of a version that did not record it had masks.
+        before: str = self.run.record().get("attention", _MASKED) if goes_on else _BY_SEGMENTS
+        if before != _BY_SEGMENTS:
+            return {"attention": before}
+        if isinstance(found, Segments):
+            self._segments = found
+            return {"attention": _BY_SEGMENTS}
+        if goes_on:
+            self.console.warn(
+                f"the run goes on with masked attention, as {found}: the result need not be bitwise the same"
+            )
+        return {"attention": f"{_MASKED}: {found}"}
 
     def _choose_ffn(self) -> dict[str, Any]:
         """Computes ticks as the recipe or a trial says; a run goes on as it began.
@@ -495,7 +539,11 @@ class Session:
     @contextmanager
     def _measured(self, batch: Batch) -> Iterator[None]:
         # The form inside: in the places of its projections the model hides the weights, which are no activations.
-        with measured(self.model, self._layers, lambda: self._again()) as self._activations, self._ffn():
+        with (
+            measured(self.model, self._layers, self._computed_again) as self._activations,
+            self._attending(batch),
+            self._ffn(),
+        ):
             yield
 
     def _fill_cache(self) -> None:
@@ -521,9 +569,19 @@ class Session:
         """What stands in the place of layers in a forward pass of training."""
         with ExitStack() as stack:
             stack.enter_context(self._ffn())
+            stack.enter_context(self._attending(batch))
             stack.enter_context(standing_in(self._places, self._stand_ins))
             if self.cache is not None and NUMBERS in batch:
                 stack.enter_context(self.cache.serving(batch))
+            yield
+
+    def _attending(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext() if self._segments is None else self._segments.running(batch)
+
+    @contextmanager
+    def _computed_again(self) -> Iterator[None]:
+        """What a layer is computed again in, in a backward pass."""
+        with self._again(), nullcontext() if self._segments is None else self._segments.again():
             yield
 
     def _collate(self, numbers: list[int], seed: int) -> Batch:

@@ -1,6 +1,7 @@
 """Packed rows: each example's logits, loss and gradient are those that it has alone, or packing is refused."""
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from tests.models import HIDDEN, families, perturb, word_tokenizer
 from tests.training import CPU
 from ticktune.data.batches import packed_rows
 from ticktune.device import Compute
+from ticktune.errors import PatchError
 from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.segments import Segments
+from ticktune.patch.standins import Checkpointed, layers_of, places_of, standing_in
 from ticktune.tasks.causal_lm import CausalLm
-from ticktune.tasks.task import IGNORED, Example, TaskOptions
+from ticktune.tasks.task import IGNORED, Batch, Example, TaskOptions
 from ticktune.train.head_loss import Head, head_loss, plain_loss
 from ticktune.train.packing import packed_pair, packing_obstacle
 
@@ -58,7 +62,7 @@ def _model(name: str, attention: str, dtype: torch.dtype = torch.float32) -> nn.
     }
     torch.manual_seed(4)
     model: Any = (windowed[name] if name in windowed else families()[name])().eval()
-    if attention:
+    if attention and attention != "segments":
         model.set_attn_implementation(attention)
     with torch.no_grad():  # as sharp as a trained model's, so that a leak shows
         for parameter in model.parameters():
@@ -71,8 +75,13 @@ def _model(name: str, attention: str, dtype: torch.dtype = torch.float32) -> nn.
 EAGER = ["llama", "gpt2", "gemma", "gemma2", "mistral-window", "gemma2-window", "gemma3-window", "gpt_neox"]
 SDPA = ["llama", "gpt2", "gemma", "mistral-window", "gemma3-window", "gpt_neox"]
 isolated = pytest.mark.parametrize(
-    ("name", "attention"), [(name, "eager") for name in EAGER] + [(name, "sdpa") for name in SDPA]
+    ("name", "attention"),
+    [(name, a) for a in ("eager", "sdpa", "segments") for name in (EAGER if a == "eager" else SDPA)],
 )
+
+
+def _attending(model: nn.Module, attention: str, batch: Batch) -> AbstractContextManager[None]:
+    return Segments(model).running(batch) if attention == "segments" else nullcontext()
 
 
 @isolated
@@ -80,8 +89,10 @@ def test_packed_logits_are_those_of_each_example_alone(name: str, attention: str
     model, task, rows = _model(name, attention), _task(), _rows(_examples())
     assert len(rows) < len(LENGTHS)
     assert any(len(row) > 2 for row in rows)
+    batch = task.pack(rows)
     with torch.no_grad():
-        packed = task.forward(model, task.pack(rows)).logits
+        with _attending(model, attention, batch):
+            packed = task.forward(model, batch).logits
         for row, found in zip(rows, packed, strict=True):
             at = 0
             for example in row:
@@ -91,7 +102,9 @@ def test_packed_logits_are_those_of_each_example_alone(name: str, attention: str
                 at += example["length"]
 
 
-def _slopes(model: Any, task: CausalLm, fast: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def _slopes(
+    model: Any, task: CausalLm, fast: bool, attention: str, layers: dict[nn.Module, nn.Module] | None = None
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """The loss and the gradient of every trained parameter: of padded rows, and of packed ones."""
     examples = _examples()
     batches = [task.collate(examples), task.pack(_rows(examples))]
@@ -101,7 +114,12 @@ def _slopes(model: Any, task: CausalLm, fast: bool) -> list[tuple[Tensor, dict[s
     found = []
     for batch in batches:
         model.zero_grad()
-        loss = loss_of(model, batch)
+        stand_ins = {} if batch is batches[0] or layers is None else layers
+        with (
+            nullcontext() if batch is batches[0] else _attending(model, attention, batch),
+            standing_in(places_of(model, list(stand_ins)), stand_ins),
+        ):
+            loss = loss_of(model, batch)
         loss.backward()
         slopes = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found.append((loss.detach(), slopes))
@@ -111,40 +129,92 @@ def _slopes(model: Any, task: CausalLm, fast: bool) -> list[tuple[Tensor, dict[s
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [("llama", "eager"), ("llama", "sdpa"), ("gpt2", "sdpa"), ("gemma", "sdpa"), ("gemma3-window", "sdpa")],
+    [("llama", "eager"), ("llama", "sdpa"), ("gpt2", "sdpa"), ("gemma", "sdpa"), ("gemma3-window", "sdpa")]
+    + [(name, "segments") for name in SDPA],
 )
 def test_loss_and_gradients_are_those_of_padded_rows(name: str, attention: str, fast: bool) -> None:
     model = attach(_model(name, attention), 4)
     perturb(parameter for _, _, parameter in adapter_parameters(model))
-    (padded, expected), (packed, found) = _slopes(model, _task(), fast)
-    torch.testing.assert_close(packed, padded, rtol=2e-6, atol=0)
+    # In segments the order of sums is another one than over padded rows.
+    _check_same(_slopes(model, _task(), fast, attention), 2e-6, 5e-5 if attention == "segments" else 1e-5)
+
+
+def _check_same(slopes: list[tuple[Tensor, dict[str, Tensor]]], of_loss: float, of_gradient: float) -> None:
+    (padded, expected), (packed, found) = slopes
+    torch.testing.assert_close(packed, padded, rtol=of_loss, atol=0)
     assert found.keys() == expected.keys()
     largest = max(float(slope.abs().max()) for slope in expected.values())
     for key, slope in expected.items():
-        torch.testing.assert_close(found[key], slope, rtol=0, atol=1e-5 * largest, msg=key)
+        torch.testing.assert_close(found[key], slope, rtol=0, atol=of_gradient * largest, msg=key)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_in_float64_they_are_the_same_but_for_its_last_digits(name: str) -> None:
-    model: Any = _model(name, "sdpa", torch.float64)
+# Gemma's norms compute in float32.
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("llama", "sdpa"), ("gpt2", "sdpa")]
+    + [(name, "segments") for name in ("llama", "gpt2", "mistral-window", "gpt_neox")],
+)
+def test_in_float64_they_are_the_same_but_for_its_last_digits(name: str, attention: str) -> None:
+    model: Any = _model(name, attention, torch.float64)
     model.get_output_embeddings().weight = nn.Parameter(
         model.get_output_embeddings().weight.detach().clone(), requires_grad=False
     )
-    (padded, expected), (packed, found) = _slopes(model, _task(), fast=True)
-    torch.testing.assert_close(packed, padded, rtol=1e-12, atol=0)
-    largest = max(float(slope.abs().max()) for slope in expected.values())
-    for key, slope in expected.items():
-        torch.testing.assert_close(found[key], slope, rtol=0, atol=1e-11 * largest, msg=key)
+    _check_same(_slopes(model, _task(), True, attention), 1e-12, 1e-11)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_layers_that_are_computed_again_attend_by_segments_again(name: str) -> None:
+    model: Any = attach(_model(name, "segments", torch.float64), 4).double()
+    perturb(parameter for _, _, parameter in adapter_parameters(model))
+    segments, runs = Segments(model), []
+    for layer in layers_of(model):
+        layer.register_forward_pre_hook(lambda *_: runs.append(model.config._attn_implementation))
+    layers: dict[nn.Module, nn.Module] = {layer: Checkpointed(layer, segments.again) for layer in layers_of(model)}
+    _check_same(_slopes(model, _task(), True, "segments", layers), 1e-12, 1e-11)
+    count = len(layers)
+    assert runs == ["sdpa"] * count + ["ticktune_segments"] * 2 * count
+    assert model.config._attn_implementation == "sdpa"
 
 
 @isolated
 def test_what_is_isolated_is_proved(name: str, attention: str) -> None:
-    assert packing_obstacle(_model(name, attention), _task(), _examples([3, 12]), CPU) is None
+    model = _model(name, attention)
+    segments = Segments(model) if attention == "segments" else None
+    assert packing_obstacle(model, _task(), _examples([3, 12]), CPU, segments, base_dropout=False) is None
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_proof_holds_under_bf16_too() -> None:
     compute = Compute(torch.device("cpu"), "bf16")
-    assert packing_obstacle(_model("llama", "sdpa"), _task(), _examples([3, 12]), compute) is None
+    model = _model("llama", "sdpa")
+    assert packing_obstacle(model, _task(), _examples([3, 12]), compute) is None
+    assert packing_obstacle(model, _task(), _examples([3, 12]), compute, Segments(model)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gemma2", "attention inside of segments knows no softcap"),
+        ("gpt2", "attention inside of segments has no dropout"),
+        ("bloom", "does not keep the examples of a row apart"),
+    ],
+)
+def test_what_cannot_attend_by_segments_says_why(name: str, said: str) -> None:
+    model = _model(name, "")
+    state = torch.random.get_rng_state()
+    obstacle = packing_obstacle(model, _task(), _examples([3, 12]), CPU, Segments(model))
+    assert obstacle is not None
+    assert said in obstacle
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.config._attn_implementation != "ticktune_segments"
+
+
+def test_kinds_of_layers_that_are_not_known_are_refused() -> None:
+    with pytest.raises(PatchError, match="layers of the kind linear_attention"):
+        Segments(_model("mamba", ""))
+    with pytest.raises(PatchError, match="not one of transformers' own"):
+        Segments(nn.Linear(2, 2))
 
 
 def test_a_state_that_runs_through_a_row_is_refused() -> None:
@@ -191,6 +261,7 @@ def test_what_fills_a_row_up_is_an_example_of_its_own() -> None:
     batch = _task().pack([[examples[0]], [examples[1]]])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]]
     assert batch["labels"][1, 2:].tolist() == [IGNORED] * 3
+    assert batch["segments"] == [5, 2, 3]
 
 
 def test_the_pair_of_the_proof_is_the_shortest_and_the_longest_that_fits() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ticktune.errors import BaseModelError, DataError, RecipeError, first_line
 from ticktune.limits import limited
 from ticktune.tasks.answers import find_answer, is_same
+from ticktune.tasks.batch import SEGMENTS
 from ticktune.tasks.task import (
     IGNORED,
     Batch,
@@ -173,17 +174,21 @@ class CausalLm(NextToken):
     def pack(self, rows: Sequence[Sequence[Example]]) -> Batch:
         """Examples one after the other, each with positions from 0, by which transformers keeps them apart.
 
-        Token ids, positions and labels are (rows, seq) int64; what fills a row up is like one more example. No first
-        token is learned, as in :meth:`collate`.
+        Token ids, positions and labels are (rows, seq) int64; what fills a row up is like one more example. SEGMENTS
+        are the lengths of them all. No first token is learned, as in :meth:`collate`.
         """
         ids = [[token for example in row for token in example["input_ids"]] for row in rows]
         labels = [[label for e in row for label in (IGNORED, *e["labels"][1:])] for row in rows]
-        positions = [[place for example in row for place in range(example["length"])] for row in rows]
         longest = max(map(len, ids))
+        lengths = [
+            [*(example["length"] for example in row), longest - len(filled)]
+            for row, filled in zip(rows, ids, strict=True)
+        ]
         return {
             "input_ids": padded(ids, self.tokenizer.pad_token_id, on_right=True),
-            "position_ids": torch.tensor([[*row, *range(longest - len(row))] for row in positions]),
+            "position_ids": torch.tensor([[place for length in row for place in range(length)] for row in lengths]),
             "labels": padded(labels, IGNORED, on_right=True),
+            SEGMENTS: [length for row in lengths for length in row if length],
             "examples": sum(map(len, rows)),
         }
 
