@@ -1,8 +1,10 @@
 """Runs of a causal model: with and without logits, with batches of tokens and packed rows, killed and resumed."""
 
 import json
+import os
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ BATCHES: dict[str, dict[str, Any]] = {
     "packed": {"batch_size": 8, "micro_batch_size": 5, "packing": True},
     "of tokens, packed": {"batch_tokens": 96, "packing": True},
 }
+
+KILL = "KILL@ticktune.session.Session._show#9"  # in the second epoch, between two checkpoints
 
 
 def write_texts(folder: Path, name: str, count: int, seed: int) -> None:
@@ -58,9 +62,25 @@ def words_of(training: dict[str, Any]) -> list[str]:
     return [f"training.{key}={json.dumps(value)}" for key, value in training.items()]
 
 
-def train(ticktune: Run, work: Path, name: str, training: dict[str, Any], *plans: str, code: int = 0) -> Path:
-    words = ["train", "recipe.yaml", f"output=runs/{name}", *words_of(training)]
-    done = ticktune(*words, cwd=work, env=plan(*plans))
+def models_folder() -> Path:
+    folder = os.environ.get("TICKTUNE_MODELS")
+    if not folder:
+        pytest.skip("TICKTUNE_MODELS is not set: it names the folder with stories260K-hf/")
+    return Path(folder)
+
+
+def train(
+    ticktune: Run,
+    work: Path,
+    name: str,
+    training: dict[str, Any],
+    *plans: str,
+    code: int = 0,
+    words: Sequence[str] = (),
+) -> Path:
+    done = ticktune(
+        "train", "recipe.yaml", f"output=runs/{name}", *words_of(training), *words, cwd=work, env=plan(*plans)
+    )
     assert done.returncode == code, done.stderr
     return work / "runs" / name
 
@@ -83,15 +103,14 @@ def adapter(run: Path) -> str:
 def test_a_killed_run_goes_on_to_the_same_weights(kind: str, work: Path, ticktune: Run) -> None:
     name = kind.replace(", ", "-").replace(" ", "-")
     whole = train(ticktune, work, f"{name}-whole", BATCHES[kind])
-    # In the second epoch, between two checkpoints.
-    kill = "KILL@ticktune.session.Session._show#9"
-    stopped = train(ticktune, work, f"{name}-stopped", BATCHES[kind], kill, code=-signal.SIGKILL)
+    stopped = train(ticktune, work, f"{name}-stopped", BATCHES[kind], KILL, code=-signal.SIGKILL)
     assert not (stopped / "adapter").exists()
     train(ticktune, work, f"{name}-stopped", BATCHES[kind])
     assert adapter(stopped) == adapter(whole)
     assert losses(stopped) == losses(whole)
     assert losses(whole)[-1] < losses(whole)[0]
     assert record(whole)["loss"] == "chunked"
+    assert record(whole).get("attention") == ("segments" if "packing" in BATCHES[kind] else None)
 
 
 @pytest.mark.parametrize("kind", ["of rows", "of tokens"])
@@ -111,6 +130,59 @@ def test_packed_rows_train_on_the_same_examples_in_a_step(work: Path, ticktune: 
     assert record(run)["steps"] == 6
 
 
+@pytest.mark.parametrize("base", ["base", "stories260K-hf"])
+def test_a_packed_run_that_recorded_no_attention_goes_on_with_masks_to_the_same_losses(
+    base: str, work: Path, ticktune: Run
+) -> None:
+    """As one of a version that had no other."""
+    training = {**BATCHES["of tokens, packed"], "gradient_checkpointing": True}
+    folder = work / base if base == "base" else models_folder() / base
+    words = (f"base.model={folder}", "optimizer.lr=1e-3", *words_of(training))
+    whole, stopped = (
+        train(ticktune, work, f"{name}-{base}", {}, *plans, code=code, words=words)
+        for name, plans, code in (("by-segments", (), 0), ("by-masks", (KILL,), -signal.SIGKILL))
+    )
+    entries = record(stopped)
+    assert entries.pop("attention") == record(whole)["attention"] == "segments"
+    (stopped / "run.json").write_text(json.dumps(entries))
+    train(ticktune, work, stopped.name, {}, words=words)
+    assert record(stopped)["attention"] == "masked"
+    assert losses(stopped) == pytest.approx(losses(whole), rel=1e-4)
+    assert adapter(stopped) != adapter(whole)  # or the masks were not there
+
+
+def test_layers_that_are_computed_again_make_no_difference_to_packed_rows(work: Path, ticktune: Run) -> None:
+    packed = {**BATCHES["packed"], "epochs": 1}
+    once = train(ticktune, work, "packed-once", packed)
+    again = train(ticktune, work, "packed-again", {**packed, "gradient_checkpointing": True})
+    assert adapter(once) == adapter(again)
+    assert record(again)["activations"]["bytes"] < record(again)["activations"]["bytes_without_checkpointing"]
+
+
+def test_compiled_layers_attend_by_masks_on_a_cpu(work: Path, ticktune: Run) -> None:
+    stop = "TERM@ticktune.session.Session._try_longest#1"
+    training = {**BATCHES["packed"], "compile": True}
+    run = train(ticktune, work, "packed-compiled", training, stop, code=128 + signal.SIGTERM)
+    assert record(run)["attention"] == "masked: compiled layers would have a graph for each batch"
+
+
+def test_dropout_in_attention_leaves_packed_rows_with_masks(work: Path, ticktune: Run) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    shape: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": len(WORDS)}
+    model = GPT2LMHeadModel(GPT2Config(**shape, pad_token_id=0, bos_token_id=2, eos_token_id=3))
+    model.save_pretrained(work / "gpt2")
+    word_tokenizer().save_pretrained(work / "gpt2")
+    for dropout, said in (
+        ("keep", "masked: the base does not run with attention inside of segments: it has no dropout"),
+        ("off", "segments"),
+    ):
+        words = ("base.model=gpt2", f"base.dropout={dropout}", *words_of({**BATCHES["packed"], "epochs": 1}))
+        run = train(ticktune, work, f"packed-gpt2-{dropout}", {}, words=words)
+        assert record(run)["attention"] == said
+
+
 def test_a_signal_while_steps_are_counted_stops_before_the_first_one(work: Path, ticktune: Run) -> None:
     counting = "TERM@ticktune.data.batches.count_batches#2"
     stopped = train(ticktune, work, "counting", {"batch_tokens": 96}, counting, code=128 + signal.SIGTERM)
@@ -128,8 +200,7 @@ def test_what_is_tried_is_the_largest_micro_batch(work: Path, ticktune: Run) -> 
 def test_a_run_that_recorded_no_way_goes_on_by_the_plain_one(work: Path, ticktune: Run) -> None:
     """As one of a version that knew no other."""
     whole = train(ticktune, work, "before-whole", {"batch_size": 8, "fast": False})
-    kill = "KILL@ticktune.session.Session._show#9"
-    stopped = train(ticktune, work, "before", {"batch_size": 8, "fast": False}, kill, code=-signal.SIGKILL)
+    stopped = train(ticktune, work, "before", {"batch_size": 8, "fast": False}, KILL, code=-signal.SIGKILL)
     entries = record(stopped)
     del entries["loss"]
     for key in ("fast", "packing", "batch_tokens"):

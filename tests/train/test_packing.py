@@ -195,8 +195,8 @@ def test_the_proof_holds_under_bf16_too() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("gemma2", "attention inside of segments knows no softcap"),
-        ("gpt2", "attention inside of segments has no dropout"),
+        ("gemma2", "attention inside of segments: it knows no softcap"),
+        ("gpt2", "attention inside of segments: it has no dropout"),
         ("bloom", "does not keep the examples of a row apart"),
     ],
 )

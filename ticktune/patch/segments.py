@@ -154,10 +154,10 @@ def attention(
     if cu_seq_lens_q is None:
         raise ValueError("the layers are not told where segments end")
     if dropout:
-        raise ValueError("attention inside of segments has no dropout")
+        raise ValueError("it has no dropout")
     unknown = [name for name in _NOT_KNOWN if kwargs.get(name) is not None]
     if unknown:
-        raise ValueError(f"attention inside of segments knows no {', '.join(unknown)}")
+        raise ValueError(f"it knows no {', '.join(unknown)}")
     if sliding_window is None and getattr(module, "sliding_window", None) is not None:
         raise ValueError("a layer does not say which window it has")
     if key.shape[2] != query.shape[2]:
