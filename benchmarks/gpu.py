@@ -195,10 +195,11 @@ def g1(run: Run) -> None:
     }
     rows = [longest] * (tokens // longest)
     mixed = up_to(lognormal(tokens, run.size(350, 8), longest), tokens)
+    masked = {f"ticks {dim} + norms, split, masked": Way(ticks(dim), "packed", dim=dim, attention="masked")}
     other = [run.size(16, 2), run.size(256, 16)]
     groups = [
         (f"rows of {longest}", rows, reference | tick_ways([dim]) | ffn | tick_ways(other) | linear),
-        (f"lengths of mean {run.size(350, 8)}", mixed, reference | tick_ways([dim]) | ffn | linear),
+        (f"lengths of mean {run.size(350, 8)}", mixed, reference | tick_ways([dim]) | masked | ffn | linear),
         # Their weights and moments would take the room of what stands above.
         (f"rows of {longest}, all weights", rows, reference | full),
     ]
@@ -223,12 +224,15 @@ def g2(run: Run) -> None:
         "PEFT LoRA, FFN, best, Liger's loss": replace(best, loss="liger", **compiled),
     }
     mixed = up_to(lognormal(tokens, run.size(350, 8), longest), tokens)
-    for case, lengths in (
-        (f"rows of {longest}", [longest] * (tokens // longest)),
-        (f"lengths of mean {run.size(350, 8)}", mixed),
+    masked = {
+        f"ticks {dim} + norms, split, masked": Way(ticks(dim), "packed", dim=dim, attention="masked", **compiled),
+    }
+    for case, lengths, more in (
+        (f"rows of {longest}", [longest] * (tokens // longest), {}),
+        (f"lengths of mean {run.size(350, 8)}", mixed, masked),
     )[: run.size(2, 1)]:
         subject = language(run, f"Llama-1B, compiled, {case}", shape, weights, lengths, longest)
-        run.add(measure(subject, ways, run.effort, run.budget, run.left_out))
+        run.add(measure(subject, ways | more, run.effort, run.budget, run.left_out))
 
 
 def g3(run: Run) -> None:

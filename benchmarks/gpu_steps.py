@@ -26,9 +26,10 @@ from benchmarks.tokens import Classes, NextTokens, real_tokens
 from ticktune.device import Compute, is_out_of_memory
 from ticktune.errors import TicktuneError, first_line
 from ticktune.patch.attach import adapter_parameters, attach, set_training
+from ticktune.patch.segments import Segments
 from ticktune.patch.standins import Checkpointed, Compiled, places_of, standing_in
 from ticktune.patch.wide import Wide
-from ticktune.tasks.batch import Batch
+from ticktune.tasks.batch import SEGMENTS, Batch
 from ticktune.train.graphs import Graphs, in_eighths
 from ticktune.train.groups import build_optimizer
 from ticktune.train.head_loss import Head, LossOf, find_head, head_loss, hidden_states, plain_loss
@@ -155,6 +156,7 @@ class Way:
         autocast: Whether products of float32 tensors are made in bfloat16.
         trainer: Whether transformers' Trainer runs the steps, else ticktune's loop.
         adamw: ``fused`` or ``foreach``.
+        attention: Of packed rows: by ``segments``, or ``masked``.
         dim: Of the ticks, for the floor.
         full: Whether all weights are trained.
     """
@@ -167,6 +169,7 @@ class Way:
     autocast: bool = True
     trainer: bool = False
     adamw: str = "fused"
+    attention: str = "segments"
     dim: int = 0
     full: bool = False
 
@@ -260,16 +263,18 @@ class Loop:
         self._clock = Clock(subject.compute.device)
         self._stand_ins = _stand_ins(self.model, way.layers, subject.shape)
         self._places = places_of(self.model, list(self._stand_ins))
+        is_packed = any(SEGMENTS in micro for batch in self._batches for micro in batch)
+        self._segments = Segments(self.model) if is_packed and way.attention == "segments" else None
         self.loss, self._loss_of = _loss_of(way, subject, self.model, self._batches[0][0], self._compute)
         self._optimizer = build_optimizer(named, Rates())  # type: ignore[arg-type]
         if way.adamw == "foreach":
             for group in self._optimizer.param_groups:
                 group |= {"fused": False, "foreach": True}
-        scaler, around = self._compute.scaler(), lambda batch: self._around()
+        scaler = self._compute.scaler()
         graphs = None
         if way.graphs:
             set_training(self.model, True)
-            run = gradients_of(self.model, self._loss_of, scaler, self._compute, around)
+            run = gradients_of(self.model, self._loss_of, scaler, self._compute, self._around)
             on_gpu = self._compute.device.type == "cuda"
             graphs = Graphs(run, self._optimizer, self._compute, record=None if on_gpu else _run_again)
         self._steps = train_steps(
@@ -284,13 +289,15 @@ class Loop:
             clip=1.0,
             seed=0,
             loss_of=self._loss_of,
-            around=around,
+            around=self._around,
             graphs=graphs,
         )
 
-    def _around(self) -> ExitStack:
+    def _around(self, batch: Batch) -> ExitStack:
         stack = ExitStack()
         stack.enter_context(self._form())
+        if self._segments is not None:
+            stack.enter_context(self._segments.running(batch))
         stack.enter_context(standing_in(self._places, self._stand_ins))
         return stack
 
@@ -312,7 +319,7 @@ class Loop:
         batch = self._compute.put(self._batches[0][0])
 
         def run() -> Tensor:
-            with self._around(), self._compute.autocast():
+            with self._around(batch), self._compute.autocast():
                 return self._loss_of(self.model, batch)
 
         return saved_bytes(self.model, run) / real_tokens(batch)

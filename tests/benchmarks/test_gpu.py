@@ -14,11 +14,24 @@ import torch
 
 from benchmarks import gpu, gpu_kernels
 from benchmarks.clock import Budget, in_turns
-from benchmarks.gpu_steps import REFERENCE, Effort, Rates, Subject, Way, budget_of, lora, measure, ticks, weights_of
+from benchmarks.gpu_steps import (
+    REFERENCE,
+    Effort,
+    Loop,
+    Rates,
+    Subject,
+    Way,
+    budget_of,
+    lora,
+    measure,
+    ticks,
+    weights_of,
+)
 from benchmarks.shapes import SHAPES, TINY, build, floor_seconds, product_flops
 from benchmarks.tokens import NextTokens, divided, drawn, in_rows, lognormal, mean_length, real_tokens
 from ticktune.device import Compute
 from ticktune.patch import standins
+from ticktune.patch.segments import Segments
 from ticktune.recipe.schema import Optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +118,26 @@ def test_packed_and_padded_batches_hold_the_same_tokens_and_have_the_same_loss()
         assert task.weight(batch) == tokens - len(examples)
     with torch.no_grad():
         losses = [float(task.loss(task.forward(model, batch), batch)) for batch in (padded, packed)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        with Segments(model).running(packed):
+            losses.append(float(task.loss(task.forward(model, packed), packed)))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["segments", "masked"])
+def test_packed_rows_attend_as_a_way_says(attention: str) -> None:
+    compute, lengths = Compute(CPU, "bf16"), [10, 6, 16]
+    examples = drawn(lengths, LLAMA.vocabulary)
+    packed = NextTokens().pack([[examples[i] for i in row] for row in in_rows(lengths, 16)])
+    budget = budget_of(LLAMA, 8)
+    subject = Subject("", LLAMA, weights_of(LLAMA, compute), {"packed": [[packed]]}, 1.0, compute, budget)
+    for adapt in (ticks(8), lora(everywhere=False, best=True)):
+        loop = Loop(Way(adapt, "packed", attention=attention), subject)
+        names: set[str] = set()
+        for module in loop.model.modules():
+            if type(module).__name__ == "LlamaAttention":
+                module.register_forward_pre_hook(lambda module, args: names.add(module.config._attn_implementation))
+        loop.turn(1)
+        assert names == {{"segments": "ticktune_segments", "masked": "sdpa"}[attention]}
 
 
 def test_batches_by_length_have_less_padding() -> None:
@@ -226,7 +258,7 @@ WAYS: dict[str, dict[str, set[str]]] = {
             REFERENCE, *_TICKS, *_ticks(2), *_ticks(16), *_PEERS
         },
         "Llama-1B, rows of 32, all weights": {REFERENCE, *_FULL},
-        "Llama-1B, lengths of mean 8": {REFERENCE, *_TICKS, *_PEERS},
+        "Llama-1B, lengths of mean 8": {REFERENCE, *_TICKS, "ticks 8 + norms, split, masked", *_PEERS},
     },
     "G2": {"Llama-1B, compiled, rows of 32": _LANGUAGE | {"ticks, all logits", "ticks, not compiled"}},
     "G3": {
