@@ -218,6 +218,8 @@ def g2(run: Run) -> None:
         REFERENCE: Way(ticks(0), "packed", **compiled),
         **tick_ways([dim], **compiled),
         "PEFT LoRA, FFN, best": replace(best, **compiled),
+        "PEFT LoRA, FFN, best, not compiled": best,
+        "Trainer + PEFT LoRA, FFN, default": Way(lora(everywhere=False, best=False), "padded", trainer=True),
         "ticks, all logits": Way(ticks(dim), "packed", loss="plain", dim=dim, **compiled),
         "ticks, Liger's loss": Way(ticks(dim), "packed", loss="liger", dim=dim, **compiled),
         "ticks, not compiled": Way(ticks(dim), "packed", dim=dim),

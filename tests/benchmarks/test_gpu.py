@@ -1,6 +1,7 @@
 """The GPU benchmark: its formulas, its rules, and every call of it on tiny shapes."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -123,19 +124,23 @@ def test_packed_and_padded_batches_hold_the_same_tokens_and_have_the_same_loss()
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
 
 
+def _note_attention(names: set[str], module: Any, args: Any) -> None:
+    names.add(module.config._attn_implementation)
+
+
 @pytest.mark.parametrize("attention", ["segments", "masked"])
 def test_packed_rows_attend_as_a_way_says(attention: str) -> None:
     compute, lengths = Compute(CPU, "bf16"), [10, 6, 16]
     examples = drawn(lengths, LLAMA.vocabulary)
     packed = NextTokens().pack([[examples[i] for i in row] for row in in_rows(lengths, 16)])
     budget = budget_of(LLAMA, 8)
-    subject = Subject("", LLAMA, weights_of(LLAMA, compute), {"packed": [[packed]]}, 1.0, compute, budget)
+    subject = Subject("", LLAMA, weights_of(LLAMA, compute), {"packed": [[packed]]}, 1.0, 16, compute, budget)
     for adapt in (ticks(8), lora(everywhere=False, best=True)):
         loop = Loop(Way(adapt, "packed", attention=attention), subject)
         names: set[str] = set()
         for module in loop.model.modules():
             if type(module).__name__ == "LlamaAttention":
-                module.register_forward_pre_hook(lambda module, args: names.add(module.config._attn_implementation))
+                module.register_forward_pre_hook(functools.partial(_note_attention, names))
         loop.turn(1)
         assert names == {{"segments": "ticktune_segments", "masked": "sdpa"}[attention]}
 
@@ -260,7 +265,10 @@ WAYS: dict[str, dict[str, set[str]]] = {
         "Llama-1B, rows of 32, all weights": {REFERENCE, *_FULL},
         "Llama-1B, lengths of mean 8": {REFERENCE, *_TICKS, "ticks 8 + norms, split, masked", *_PEERS},
     },
-    "G2": {"Llama-1B, compiled, rows of 32": _LANGUAGE | {"ticks, all logits", "ticks, not compiled"}},
+    "G2": {"Llama-1B, compiled, rows of 32": _LANGUAGE | {
+            "ticks, all logits", "ticks, not compiled", "PEFT LoRA, FFN, best, not compiled",
+            "Trainer + PEFT LoRA, FFN, default",
+        }},
     "G3": {
         f"Llama-8B, 64 tokens, rows of {length}": _LANGUAGE | {"ticks, FFN computed again"} for length in (32, 64)
     },
