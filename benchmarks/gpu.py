@@ -214,27 +214,26 @@ def g2(run: Run) -> None:
     longest, tokens = run.size(2048, 32), run.size(16384, 64)
     compiled: Any = {"layers": "compiled"}
     best = Way(lora(everywhere=False, best=True), "packed", autocast=False)
-    ways = {
-        REFERENCE: Way(ticks(0), "packed", **compiled),
-        **tick_ways([dim], **compiled),
-        "PEFT LoRA, FFN, best": replace(best, **compiled),
+    ours = Way(ticks(dim), "packed", dim=dim)
+    peers = {
         "PEFT LoRA, FFN, best, not compiled": best,
         "Trainer + PEFT LoRA, FFN, default": Way(lora(everywhere=False, best=False), "padded", trainer=True),
-        "ticks, all logits": Way(ticks(dim), "packed", loss="plain", dim=dim, **compiled),
-        "ticks, Liger's loss": Way(ticks(dim), "packed", loss="liger", dim=dim, **compiled),
-        "ticks, not compiled": Way(ticks(dim), "packed", dim=dim),
+    }
+    ways = {REFERENCE: Way(ticks(0), "packed", **compiled), **tick_ways([dim], **compiled), **peers}
+    slow_to_compile = {"PEFT LoRA, FFN, best": replace(best, **compiled)}
+    losses = {
+        "ticks, all logits": replace(ours, loss="plain", **compiled),
+        "ticks, Liger's loss": replace(ours, loss="liger", **compiled),
+        "ticks, not compiled": ours,
         "PEFT LoRA, FFN, best, Liger's loss": replace(best, loss="liger", **compiled),
     }
-    mixed = up_to(lognormal(tokens, run.size(350, 8), longest), tokens)
-    masked = {
-        f"ticks {dim} + norms, split, masked": Way(ticks(dim), "packed", dim=dim, attention="masked", **compiled),
-    }
-    for case, lengths, more in (
-        (f"rows of {longest}", [longest] * (tokens // longest), {}),
-        (f"lengths of mean {run.size(350, 8)}", mixed, masked),
-    )[: run.size(2, 1)]:
+    masked = {f"ticks {dim} + norms, split, masked": replace(ours, attention="masked", **compiled)}
+    rows, mean = [longest] * (tokens // longest), run.size(350, 8)
+    mixed = up_to(lognormal(tokens, mean, longest), tokens)
+    groups = [(f"lengths of mean {mean}", mixed, ways | masked), (f"rows of {longest}", rows, ways | losses)]
+    for case, lengths, those in groups[run.size(0, 1) :]:
         subject = language(run, f"Llama-1B, compiled, {case}", shape, weights, lengths, longest)
-        run.add(measure(subject, ways | more, run.effort, run.budget, run.left_out))
+        run.add(measure(subject, those | slow_to_compile, run.effort, run.budget, run.left_out))
 
 
 def g3(run: Run) -> None:
@@ -262,6 +261,8 @@ def g4(run: Run) -> None:
     names = ("MiniLM-L6", "BERT-base")[: run.size(2, 1)]  # their tiny shapes are the same
     weights = {name: weights_of(run.shape(name), run.compute) for name in names}
     sizes = [(32, 128), (128, 128), (512, 128), (32, 32), (128, 32), (512, 32), (32, 512), (128, 512), (512, 512)]
+    if not run.tiny:  # steps are short, and each shape of a turn is to be compiled or recorded before it counts
+        run.effort = Effort(warm=21, turns=4, steps=20)
     for number, (rows, longest) in enumerate([(4, 16)] if run.tiny else sizes):
         for name, drawn_weights in weights.items():
             dim = run.size(32 if name == "MiniLM-L6" else 64, 8)
@@ -272,14 +273,13 @@ def g4(run: Run) -> None:
 
 
 def encoder(run: Run, name: str, weights: list[Any], rows: int, longest: int, dim: int) -> Subject:
-    """Rows of many lengths, as they come, by length, and all padded to the longest."""
-    shape, task, effort = run.shape(name), Classes(), run.effort
-    lengths = lognormal(rows * max(50, effort.steps), longest / 4, longest)
+    """The same rows of many lengths in two orders: as they come, and by length."""
+    shape, task, steps = run.shape(name), Classes(), run.effort.steps
+    lengths = lognormal(rows * steps, longest / 4, longest)
     examples = drawn(lengths, shape.vocabulary)
     batches: dict[str, list[Any]] = {}
     for layout in ("random", "by length"):
-        numbers = divided(lengths, rows, layout)[: effort.steps]
-        batches[layout] = [[task.collate([examples[i] for i in part])] for part in numbers]
+        batches[layout] = [[task.collate([examples[i] for i in part])] for part in divided(lengths, rows, layout)]
     case = f"{name}, {rows} rows of up to {longest}"
     return Subject(case, shape, weights, batches, mean_length(lengths), longest, run.compute, budget_of(shape, dim))
 
@@ -447,13 +447,13 @@ def measured(call: str, *, tiny: bool, device: torch.device, seconds: float, pat
         "left_out": [],
     }
     effort = Effort(warm=1, turns=2, steps=1) if tiny else Effort()
-    document["warm_steps"], document["steps"] = effort.warm, effort.turns * effort.steps
     run = Run(tiny, compute, effort, Budget(seconds), document, lambda: write_json(path, document) if path else None)
     square = gpu_kernels.product_rate(device, 64 if tiny else 8192, effort)
     document["product_flops_per_second"] = square["flops_per_second"]
     with _layers_compiled_by("eager" if tiny and device.type == "cpu" else "inductor") as backend:
         document["backend"] = backend
         CALLS[call](run)
+    document["warm_steps"], document["steps"] = run.effort.warm, run.effort.turns * run.effort.steps
     for row in document["rows"]:
         if row["kind"] == "step":
             row["of_products"] = row["flops_per_second"] / document["product_flops_per_second"]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("not run: this machine has no CUDA device\n")
@@ -87,29 +89,31 @@ def main() -> None:
     precisions = ["fp32", "bf16", "fp16"] if arguments.device == "cuda" else ["bf16"]
     compute = Compute(torch.device(arguments.device), "fp32")
     document: dict[str, Any] = {"machine": describe(compute), "versions": versions(), "runs": [], "checks": []}
-    with tempfile.TemporaryDirectory() as name:
-        for case in CASES:
-            reference = one(case, "cpu", "fp32", Path(name))
-            document["runs"].append(reference)
+    wanted = [(case, *way) for case in CASES for way in [("cpu", "fp32"), *((arguments.device, p) for p in precisions)]]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:
+        futures = {each: pool.submit(one, *each, Path(name)) for each in wanted}
+        for case, device, precision in wanted:
+            run = futures[case, device, precision].result()
+            document["runs"].append(run)
+            if (device, precision) == ("cpu", "fp32"):
+                reference = run
+                continue
             metric, allowed = TOLERANCE[case]
-            for precision in precisions:
-                run = one(case, arguments.device, precision, Path(name))
-                document["runs"].append(run)
-                gap = abs(run["metrics"][metric] - reference["metrics"][metric])
-                first = abs(run["losses"][0] - reference["losses"][0])
-                document["checks"].append(
-                    {
-                        "case": case,
-                        "precision": precision,
-                        "metric": metric,
-                        "cpu_fp32": reference["metrics"][metric],
-                        "found": run["metrics"][metric],
-                        "first_loss_difference": first,
-                        "ok": gap <= allowed and first < 0.05,
-                    }
-                )
-                sys.stderr.write(json.dumps(document["checks"][-1]) + "\n")
-                write_json(arguments.output, document)
+            gap = abs(run["metrics"][metric] - reference["metrics"][metric])
+            first = abs(run["losses"][0] - reference["losses"][0])
+            document["checks"].append(
+                {
+                    "case": case,
+                    "precision": precision,
+                    "metric": metric,
+                    "cpu_fp32": reference["metrics"][metric],
+                    "found": run["metrics"][metric],
+                    "first_loss_difference": first,
+                    "ok": gap <= allowed and first < 0.05,
+                }
+            )
+            sys.stderr.write(json.dumps(document["checks"][-1]) + "\n")
+            write_json(arguments.output, document)
     if not all(check["ok"] for check in document["checks"]):
         raise SystemExit(1)
 

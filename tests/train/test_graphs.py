@@ -66,13 +66,16 @@ def test_steps_are_those_without_graphs(kind: str, micro: int, tiny_bert: Path, 
     for recorded in (False, True):
         work = _work(folder, kind)
         optimizer, recorder = optimizer_of(work.model, lr=1e-2, eps=1e-2), Recorder()
-        options = {"graphs": _graphs(work, optimizer, record=recorder)} if recorded else {}
+        graphs = _graphs(work, optimizer, record=recorder) if recorded else None
         batches = work.batches(8, micro) * 2
-        reports = list(steps(work, batches, optimizer, **options))  # type: ignore[arg-type]
+        reports = list(steps(work, batches, optimizer, graphs=graphs))
         found.append(([r.loss for r in reports], [r.grad_norm for r in reports], snapshot(work.model)))
     shapes = {tuple(sorted((n, v.shape) for n, v in m.items())) for batch in batches for m in batch}
-    assert recorder.recorded == len(shapes) > 1
-    assert recorder.replayed == sum(map(len, batches))
+    assert graphs is not None
+    assert graphs.shapes == len(shapes) > 1
+    # Each micro-batch, and of each batch its norm and its step.
+    assert recorder.recorded == len(shapes) + 2
+    assert recorder.replayed == sum(map(len, batches)) + 2 * len(batches)
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
     for key, tensor in found[0][2].items():
@@ -120,8 +123,9 @@ def test_more_shapes_than_there_may_be_graphs_are_computed_without(
     optimizer, recorder = optimizer_of(work.model), Recorder()
     batches = work.batches(4)
     assert len({batch[0]["input_ids"].shape for batch in batches}) > 1
-    reports = list(steps(work, batches, optimizer, graphs=_graphs(work, optimizer, record=recorder)))
-    assert recorder.recorded == 1
+    graphs = _graphs(work, optimizer, record=recorder)
+    reports = list(steps(work, batches, optimizer, graphs=graphs))
+    assert graphs.shapes == 1
     plain = _work(tiny_bert)
     expected = list(steps(plain, batches, optimizer_of(plain.model)))
     assert [r.loss for r in reports] == pytest.approx([r.loss for r in expected], rel=1e-6)

@@ -63,6 +63,8 @@ class Graphs:
         self._unused = frozenset(unused)
         self._record = record or _in_one_pool(compute.device)
         self._graphs: dict[Any, _Graph] = {}
+        self._clip: tuple[Callable[[], Any], Tensor] | None = None
+        self._step: Callable[[], Any] | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -99,6 +101,37 @@ class Graphs:
         torch.manual_seed(seed)
         graph.replay()
         return graph.loss
+
+    def clip(self, most: float) -> Tensor:
+        """Scales all gradients so that their norm is at most this; the same number in every call.
+
+        Returns:
+            The norm before, a scalar; it is overwritten by the next call.
+        """
+        if self._clip is None:
+            before = [g.clone() for g in self._gradients()]
+            self._clip = self._record(lambda: nn.utils.clip_grad_norm_(self.parameters, most))
+            torch._foreach_copy_(self._gradients(), before)
+        replay, norm = self._clip
+        replay()
+        return norm
+
+    def step(self) -> None:
+        """Lets the optimizer make a step, and sets the gradients to zero."""
+        if self._step is None:
+            held = [*self._gradients(), *(p.data for p in self.parameters)]
+            held += [value for state in self.optimizer.state.values() for value in state.values()]
+            before = [value.clone() for value in held]
+            self._step, _ = self._record(self._stepped)
+            for value, earlier in zip(held, before, strict=True):
+                value.copy_(earlier)
+        self._step()
+
+    def _stepped(self) -> Tensor:
+        self.optimizer.step()
+        self._zero()
+        rate: Tensor = self.optimizer.param_groups[0]["lr"]
+        return rate
 
     def obstacle(self, batch: Batch, weight: float) -> str | None:
         """Why gradients cannot come from graphs; None: those of a micro-batch are the same with one and without.
@@ -189,7 +222,7 @@ def flattened(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
 
     Their values, gradients and moments are parts of its own, so that either optimizer's state is the other's: what is
     read from the given one, and saved of it, is up to date after each step of the new one. All have a gradient from
-    now on, zero where nothing was computed.
+    now on, zero where nothing was computed. Learning rates are tensors, which a recorded step reads.
 
     Args:
         optimizer: It may have a state; its parameters have no gradients.
@@ -201,8 +234,10 @@ def flattened(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
         flat.grad = torch.zeros_like(flat)
         for p, part, slope in zip(members, _parts(flat.data, members), _parts(flat.grad, members), strict=True):
             p.data, p.grad = part, slope
-        groups.append({**group, "params": [flat]})
+        rate = torch.full((), group["lr"], dtype=torch.float32, device=flat.device)
+        groups.append({**group, "params": [flat], "lr": rate, "capturable": flat.device.type == "cuda"})
     found = torch.optim.AdamW(groups, fused=True)
+    found._warned_capturable_if_run_uncaptured = True  # as it is before it is recorded
     for group, own in zip(optimizer.param_groups, found.param_groups, strict=True):
         members, [flat] = group["params"], own["params"]
         states = [optimizer.state.get(p, {}) for p in members]

@@ -104,7 +104,7 @@ def train_steps(
     Raises:
         NumericsError: A loss or gradient is not finite; the parameters are then as before the step.
     """
-    parameters = [parameter for _, parameter in named] if graphs is None else graphs.parameters
+    parameters = [parameter for _, parameter in named]
     optimizer = optimizer if graphs is None else graphs.optimizer
     run = gradients_of(model, loss_of or plain_loss(task), scaler, compute, around)
     set_training(model, True, base_dropout=base_dropout)
@@ -113,8 +113,12 @@ def train_steps(
         started = time.perf_counter()
         if graphs is None:
             set_training(model, True, base_dropout=base_dropout)
+        factor = lr_factor(step)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor(step)
+            if graphs is None:
+                group["lr"] = group["peak_lr"] * factor
+            else:
+                group["lr"].fill_(group["peak_lr"] * factor)
         weight = sum(task.weight(micro) for micro in batch)
         loss = torch.zeros((), device=compute.device)
         for number, micro in enumerate(batch):
@@ -125,15 +129,19 @@ def train_steps(
                 torch.manual_seed(drawn)
                 loss += run(compute.put(micro), weight)
         scaler.unscale_(optimizer)
-        found = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        most = math.inf if clip is None else clip
+        found = nn.utils.clip_grad_norm_(parameters, most) if graphs is None else graphs.clip(most)
         value, norm = torch.stack([loss.double(), found.double()]).tolist()  # a GPU is waited for once
         overflow = scaler.is_enabled() and math.isfinite(value) and not math.isfinite(norm)
         if not overflow and not (math.isfinite(norm) and math.isfinite(value)):
             raise _not_finite(step, value, named)
         scale = float(scaler.get_scale())
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=graphs is None)
+        if graphs is None or scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=graphs is None)
+        else:
+            graphs.step()
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
         if skipped_in_a_row > _MAX_SKIPPED:
             raise NumericsError(
@@ -144,7 +152,7 @@ def train_steps(
         yield StepReport(
             step=step + 1,
             loss=value,
-            lr=optimizer.param_groups[0]["lr"],
+            lr=optimizer.param_groups[0]["peak_lr"] * factor,
             grad_norm=norm,
             rows=sum(task.rows(micro) for micro in batch),
             seconds=time.perf_counter() - started,
