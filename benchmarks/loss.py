@@ -4,8 +4,8 @@
 
 Loss: forward and backward passes of a model with ticks over one batch, the two ways in turn; time is that of the CPU,
 memory the most that the process holds above what it held before. Layouts: all rows of a set once, forward and
-backward, in batches as they come, of about one length, and packed. Writes benchmarks/results/loss.json;
-``--docs`` writes its tables into docs/performance.md.
+backward, in batches as they come, of about one length, and packed, where attention stays in an example or is masked.
+Writes benchmarks/results/loss.json; ``--docs`` writes its tables into docs/performance.md.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ from ticktune.data.encode import Encoded
 from ticktune.device import Compute, choose_compute, describe
 from ticktune.files import read_json, write_json
 from ticktune.patch.attach import attach
+from ticktune.patch.segments import Segments
 from ticktune.prepare import prepare
 from ticktune.recipe.load import load_recipe
 from ticktune.tasks.causal_lm import CausalLm
 from ticktune.tasks.task import IGNORED, Batch, TaskOptions
 from ticktune.train.head_loss import Head, LossOf, find_head, head_loss, plain_loss
 from ticktune.train.packing import packing_obstacle
+from ticktune.train.steps import Around
 from ticktune.versions import versions
 
 ROOT = Path(__file__).parent
@@ -43,7 +46,7 @@ RESULTS = ROOT / "results" / "loss.json"
 PAGE = ROOT.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- loss -->\n", "<!-- end of loss -->"
 WAYS = ("plain", "chunked")
-LAYOUTS = ("as they come", "of one length", "packed")
+LAYOUTS = ("as they come", "of one length", "packed", "packed, masked")
 
 
 class Shape(NamedTuple):
@@ -186,10 +189,10 @@ def batches_of(layout: str, task: Any, examples: Encoded) -> Iterator[Batch]:
         order = np.random.default_rng([0, 0]).permutation(len(lengths)).tolist()
         numbers = [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
     else:
-        numbers = epoch_batches(lengths, BATCH_SIZE, seed=0, epoch=0, packed=layout == "packed")
+        numbers = epoch_batches(lengths, BATCH_SIZE, seed=0, epoch=0, packed=layout.startswith("packed"))
     for part in numbers:
         chosen = examples.take(part)
-        if layout == "packed":
+        if layout.startswith("packed"):
             rows = packed_rows([e["length"] for e in chosen], MAX_LENGTH)
             yield task.pack([[chosen[i] for i in row] for row in rows])
         else:
@@ -211,13 +214,18 @@ def measure_layouts(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
         prepared = prepare(load_recipe(folder / "recipe.yaml"), Console(quiet=True))
         task, examples = prepared.task, prepared.examples["train"]
         model = build("stories260K")
-        assert packing_obstacle(model, task, examples.take([0, 1]), compute) is None
+        segments = Segments(model)
+        assert packing_obstacle(model, task, examples.take([0, 1]), compute, segments) is None
         loss = loss_of("chunked", model, compute)
         seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
         places = {layout: sum(b["input_ids"].numel() for b in batches_of(layout, task, examples)) for layout in LAYOUTS}
         for repeat in range(repeats + 1):
             for layout in LAYOUTS:
-                taken = sum(one_pass(model, loss, batch, compute) for batch in batches_of(layout, task, examples))
+                around: Around = segments.running if layout == "packed" else nullcontext
+                taken = 0.0
+                for batch in batches_of(layout, task, examples):
+                    with around(batch):
+                        taken += one_pass(model, loss, batch, compute)
                 if repeat:  # the first one warms up
                     seconds[layout].append(taken)
         tokens = sum(examples.lengths)

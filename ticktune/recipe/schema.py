@@ -364,8 +364,9 @@ class Training(Section):
     """Examples per forward pass; null = the whole batch (no accumulation)."""
     packing: bool = False
     """Several examples in a row of up to data.max_length tokens, none of which sees another: positions begin anew, and
-    attention stays inside of an example. Batches are then not of about one length. A base that does not keep examples
-    apart is refused."""
+    attention stays inside of an example. Batches are then not of about one length. run.json says how the base attends:
+    inside of segments, or with masks where it cannot (soft caps, dropout in attention, compiled on a CPU). A base that
+    does not keep examples apart is refused."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
     Trainable tensors and optimizer state are always float32. A step whose gradients overflow in fp16 moves no weight
