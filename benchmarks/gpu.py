@@ -268,7 +268,6 @@ def g4(run: Run) -> None:
             dim = run.size(32 if name == "MiniLM-L6" else 64, 8)
             subject = encoder(run, name, drawn_weights, rows, longest, dim)
             run.add(measure(subject, encoder_ways(dim, few=number > 2), run.effort, run.budget, run.left_out))
-    run.left_out.append({"what": "batches without padding", "why": "ticktune has none for encoders"})
     run.left_out.append({"what": "8 runs at once", "why": "ticktune trains one run in a process"})
 
 
@@ -294,10 +293,12 @@ def encoder_ways(dim: int, *, few: bool) -> dict[str, Way]:
         "ticks, CUDA graphs": replace(ours, graphs=True),
         "ticks, compiled": replace(ours, layers="compiled"),
         "ticks, compiled, CUDA graphs": replace(ours, layers="compiled", graphs=True),
+        "ticks, without padding, no dropout": replace(ours, layout="random", padding_free=True, dropout=False),
     }
     more = {
         "PEFT LoRA, FFN, best": Way(lora(everywhere=False, best=True), "by length", autocast=False),
         "ticks, random": replace(ours, layout="random"),
+        "ticks, random, no dropout": replace(ours, layout="random", dropout=False),
         "ticks, AdamW foreach": replace(ours, adamw="foreach"),
         "full fine-tuning": Way(everything(torch.float32), "by length", full=True),
     }

@@ -28,6 +28,7 @@ from ticktune.errors import TicktuneError, first_line
 from ticktune.patch.attach import adapter_parameters, attach, set_training
 from ticktune.patch.segments import Segments
 from ticktune.patch.standins import Checkpointed, Compiled, places_of, standing_in
+from ticktune.patch.unpadded import Unpadded, without_padding
 from ticktune.patch.wide import Wide
 from ticktune.tasks.batch import SEGMENTS, Batch
 from ticktune.train.graphs import Graphs, in_eighths
@@ -157,6 +158,8 @@ class Way:
         trainer: Whether transformers' Trainer runs the steps, else ticktune's loop.
         adamw: ``fused`` or ``foreach``.
         attention: Of packed rows: by ``segments``, or ``masked``.
+        padding_free: Whether layers run without padding.
+        dropout: Whether the base's own dropout acts.
         dim: Of the ticks, for the floor.
         full: Whether all weights are trained.
     """
@@ -170,6 +173,8 @@ class Way:
     trainer: bool = False
     adamw: str = "fused"
     attention: str = "segments"
+    padding_free: bool = False
+    dropout: bool = True
     dim: int = 0
     full: bool = False
 
@@ -259,12 +264,16 @@ class Loop:
         if way.graphs:
             longest = subject.longest
             self._batches = [[in_eighths(micro, longest, 0) for micro in batch] for batch in self._batches]
+        if way.padding_free:
+            self._batches = [[without_padding(micro) for micro in batch] for batch in self._batches]
         self.tokens = [sum(map(real_tokens, batch)) for batch in self._batches]
         self._clock = Clock(subject.compute.device)
         self._stand_ins = _stand_ins(self.model, way.layers, subject.shape)
         self._places = places_of(self.model, list(self._stand_ins))
         is_packed = any(SEGMENTS in micro for batch in self._batches for micro in batch)
-        self._segments = Segments(self.model) if is_packed and way.attention == "segments" else None
+        self._segments: Segments | Unpadded | None = None
+        if is_packed and way.attention == "segments":
+            self._segments = (Unpadded if way.padding_free else Segments)(self.model)
         self.loss, self._loss_of = _loss_of(way, subject, self.model, self._batches[0][0], self._compute)
         self._optimizer = build_optimizer(named, Rates())  # type: ignore[arg-type]
         if way.adamw == "foreach":
@@ -273,7 +282,7 @@ class Loop:
         scaler = self._compute.scaler()
         graphs = None
         if way.graphs:
-            set_training(self.model, True)
+            set_training(self.model, True, base_dropout=way.dropout)
             run = gradients_of(self.model, self._loss_of, scaler, self._compute, self._around)
             on_gpu = self._compute.device.type == "cuda"
             graphs = Graphs(run, self._optimizer, self._compute, record=None if on_gpu else _run_again)
@@ -288,6 +297,7 @@ class Loop:
             lr_factor=lambda step: 1.0,
             clip=1.0,
             seed=0,
+            base_dropout=way.dropout,
             loss_of=self._loss_of,
             around=self._around,
             graphs=graphs,
@@ -296,9 +306,9 @@ class Loop:
     def _around(self, batch: Batch) -> ExitStack:
         stack = ExitStack()
         stack.enter_context(self._form())
+        stack.enter_context(standing_in(self._places, self._stand_ins))
         if self._segments is not None:
             stack.enter_context(self._segments.running(batch))
-        stack.enter_context(standing_in(self._places, self._stand_ins))
         return stack
 
     def turn(self, count: int) -> list[float]:

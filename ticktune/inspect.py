@@ -31,7 +31,7 @@ from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.quantize import saved_bytes
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Recipe
-from ticktune.session import check_prefix_cache, check_wide
+from ticktune.session import check_prefix_cache, check_unpadded, check_wide
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # A trained parameter, its gradient and AdamW's two averages, all float32.
@@ -67,6 +67,7 @@ def inspect_recipe(loaded: LoadedRecipe, console: Console, *, draw: Path | None 
     )
     check_prefix_cache(loaded, model)
     check_wide(loaded, model)
+    check_unpadded(loaded, model)
     record = attachment_of(model)
     obstacle = merge_obstacle(record.layout, record.plan)
     counts = Counter[str]()

@@ -36,6 +36,7 @@ from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import read_json, verify_directory
 from ticktune.folder import Target
 from ticktune.patch.attach import unquantized_modules
+from ticktune.patch.segments import has_kernel
 from ticktune.quantize import check_possible, is_coded, loading_arguments
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Data, Source
@@ -105,6 +106,12 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
             f"CUDA graphs need a CUDA device, found {compute.device}",
             where=loaded.where("training.cuda_graphs"),
             fix="set training.cuda_graphs: false",
+        )
+    if recipe.training.padding_free and recipe.training.compile and not has_kernel(compute):
+        raise RecipeError(
+            "without padding, compiled layers would have a graph for each batch here",
+            where=loaded.where("training.padding_free"),
+            fix="switch one of padding_free and compile off",
         )
     rows = read_splits(loaded, poll)
     _refuse_training_rows(loaded, rows)

@@ -46,6 +46,7 @@ _LOSS = frozenset({"loss.weights", "loss.label_smoothing"})
 _PICTURES = frozenset({"data.augment.flip", "data.augment.crop", "data.augment.jitter"})
 _SOUNDS = frozenset({"data.max_seconds", "data.augment.time_mask", "data.augment.noise"})
 _TOKENS = frozenset({"training.batch_tokens"})
+_ENCODED = _TOKENS | {"training.padding_free"}
 _WRITING = frozenset({"evaluation.generate.max_new_tokens", "evaluation.generate.num_beams"})
 
 TASKS: dict[str, TaskRow] = {
@@ -67,7 +68,7 @@ TASKS: dict[str, TaskRow] = {
             "log_loss": False,
             "loss": False,
         },
-        keys=_LOSS | _TOKENS | {"problem", "data.separator", "evaluation.threshold"},
+        keys=_LOSS | _ENCODED | {"problem", "data.separator", "evaluation.threshold"},
     ),
     "token-classification": TaskRow(
         module="ticktune.tasks.token_classification",
@@ -76,7 +77,7 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"tags"}),
         text_columns=frozenset({"text"}),
         metrics={"f1": True, "precision": True, "recall": True, "token_accuracy": True, "loss": False},
-        keys=_LOSS | _TOKENS | {"data.overlap"},
+        keys=_LOSS | _ENCODED | {"data.overlap"},
     ),
     "question-answering": TaskRow(
         module="ticktune.tasks.question_answering",
@@ -84,7 +85,7 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"answers"}),
         text_columns=frozenset({"question", "context"}),
         metrics={"f1": True, "exact_match": True, "loss": False},
-        keys=_TOKENS | {"loss.label_smoothing", "data.overlap"},
+        keys=_ENCODED | {"loss.label_smoothing", "data.overlap"},
         defaults={"data.max_length": 384, "data.overlap": 128},
     ),
     "image-classification": TaskRow(
@@ -139,7 +140,7 @@ TASKS: dict[str, TaskRow] = {
         text_columns=frozenset({"text"}),
         documents=True,
         metrics={"perplexity": False, "token_accuracy": True, "loss": False},
-        keys=_TOKENS | {"loss.label_smoothing"},
+        keys=_ENCODED | {"loss.label_smoothing"},
         defaults={"data.max_length": 256, "optimizer.lr": 1e-4, "schedule.name": "cosine"},
     ),
     "causal-lm": TaskRow(
@@ -187,5 +188,6 @@ TASKS: dict[str, TaskRow] = {
         label_columns=frozenset({"text_pair", "score"}),
         text_columns=frozenset({"text", "text_pair"}),
         metrics={"spearman": True, "pearson": True, "mrr": True, "hit1": True, "loss": False},
+        keys=frozenset({"training.padding_free"}),
     ),
 }

@@ -32,6 +32,7 @@ from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, set_training
 from ticktune.patch.segments import Segments, has_kernel
 from ticktune.patch.standins import Checkpointed, Compiled, Context, find_prefix, layers_of, places_of, standing_in
+from ticktune.patch.unpadded import Unpadded, without_padding
 from ticktune.patch.wide import Wide
 from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
@@ -47,6 +48,7 @@ from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, ends_of, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
 from ticktune.train.packing import packed_pair, packing_obstacle
+from ticktune.train.padding import prove_unpadded
 from ticktune.train.prefix import NUMBERS, PrefixCache, refuse_dropout
 from ticktune.train.steps import StepReport, gradients_of, train_steps, try_step
 from ticktune.versions import versions
@@ -267,6 +269,49 @@ def _collated(prepared: Prepared, examples: Sequence[Example]) -> Batch:
     return prepared.task.collate(examples, seed=prepared.loaded.recipe.training.seed)
 
 
+def check_unpadded(loaded: LoadedRecipe, model: nn.Module) -> None:
+    """Refuses to leave out padding where :func:`build_unpadded` does, as far as a model without weights shows it.
+
+    Raises:
+        RecipeError: It has several stacks of layers, or its attention is of a kind of its own.
+    """
+    if loaded.recipe.training.padding_free:
+        with _not_unpadded(loaded):
+            Unpadded(model)
+
+
+@contextmanager
+def _not_unpadded(loaded: LoadedRecipe) -> Iterator[None]:
+    try:
+        yield
+    except PatchError as error:
+        [problem] = error.problems
+        raise RecipeError(
+            f"padding cannot be left out: {problem.message}",
+            where=loaded.where("training.padding_free"),
+            fix=problem.fix or "set training.padding_free: false",
+        ) from error
+
+
+def build_unpadded(prepared: Prepared, model: nn.Module) -> Unpadded | None:
+    """Proves that layers compute the same without padding; None where the recipe does not ask for it.
+
+    Raises:
+        RecipeError: They do not.
+    """
+    recipe, compute, lengths = prepared.loaded.recipe, prepared.compute, prepared.examples["train"].lengths
+    if not recipe.training.padding_free:
+        return None
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    rows = [*_shortest(prepared), *prepared.examples["train"].take([longest])]
+    keeps_dropout = recipe.base.dropout == "keep"
+    with _not_unpadded(prepared.loaded):
+        unpadded = Unpadded(model)
+        batch = compute.put(without_padding(_collated(prepared, rows)))
+        prove_unpadded(model, unpadded, prepared.task, batch, compute, base_dropout=keeps_dropout)
+    return unpadded
+
+
 class Session:
     """Drives the loop: when to log, evaluate, save and stop.
 
@@ -280,6 +325,7 @@ class Session:
         cache: Keeps the result of the frozen lower layers, from :func:`build_prefix_cache`; None: none does.
         wide: The wide form of the ticks, from :func:`build_wide`; None: they have the split form.
         segments: How packed rows attend, from :func:`build_segments`.
+        unpadded: Layers that run without padding, from :func:`build_unpadded`; None: they run with it.
     """
 
     def __init__(
@@ -293,6 +339,7 @@ class Session:
         cache: PrefixCache | None = None,
         wide: Wide | None = None,
         segments: Segments | str | None = None,
+        unpadded: Unpadded | None = None,
     ) -> None:
         self.prepared, self.plan, self.model, self.run, self.console, self.signals = (
             prepared,
@@ -322,7 +369,7 @@ class Session:
         self._ffn: Context = nullcontext  # what ticks of the chosen form run in,
         self._again: Context = nullcontext  # and what they do when a layer is computed again
         self._found_segments = segments
-        self._segments: Segments | None = None  # by which packed rows attend
+        self._segments: Segments | Unpadded | None = unpadded  # by which texts attend that share a row
         self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
         self._places = places_of(model, self._layers)
         self._stand_ins = self._built_stand_ins()
@@ -569,8 +616,8 @@ class Session:
         """What stands in the place of layers in a forward pass of training."""
         with ExitStack() as stack:
             stack.enter_context(self._ffn())
-            stack.enter_context(self._attending(batch))
             stack.enter_context(standing_in(self._places, self._stand_ins))
+            stack.enter_context(self._attending(batch))  # around what stands in the places of layers
             if self.cache is not None and NUMBERS in batch:
                 stack.enter_context(self.cache.serving(batch))
             yield
@@ -589,6 +636,8 @@ class Session:
         task, examples = self.prepared.task, self.prepared.examples["train"].take(numbers)
         if not self.recipe.training.packing:
             batch = task.collate(examples, seed=seed)
+            if self.recipe.training.padding_free:
+                return without_padding(batch)
             return self._in_few_shapes(batch) if self.recipe.training.cuda_graphs else batch
         rows = packed_rows([example["length"] for example in examples], self.recipe.data.max_length)
         return task.pack([[examples[i] for i in row] for row in rows])

@@ -254,7 +254,8 @@ _TICKS = _ticks(8)
 _ENCODERS = {
     REFERENCE, "ticks, split, by length", "ticks, wide, by length", "ticks, random", "ticks, compiled",
     "ticks, CUDA graphs", "ticks, compiled, CUDA graphs", "ticks, AdamW foreach", "PEFT LoRA, FFN, best",
-    "Trainer + PEFT LoRA, FFN, default", "full fine-tuning",
+    "Trainer + PEFT LoRA, FFN, default", "full fine-tuning", "ticks, without padding, no dropout",
+    "ticks, random, no dropout",
 }  # fmt: skip
 _LANGUAGE = {REFERENCE, *_TICKS, "PEFT LoRA, FFN, best"}
 WAYS: dict[str, dict[str, set[str]]] = {
@@ -279,7 +280,7 @@ MISSING = {
     "G1": set[str](),
     "G2": {"liger-kernel is not installed"},
     "G3": {"ticktune has no products in FP8"},
-    "G4": {"ticktune has none for encoders", "ticktune trains one run in a process"},
+    "G4": {"ticktune trains one run in a process"},
     "G6": {"ncu needs CUDA"},
 }
 

@@ -160,6 +160,22 @@ def accepted(folder: Path, text: str) -> Recipe:
                 "switch one of them off",
             ),
         ),
+        (
+            HEAD + "data: {train: a}\nticks: {layers: last:1}\ntraining: {prefix_cache: disk, padding_free: true}\n",
+            Problem(
+                "what is kept is of padded rows",
+                "r.yaml:5:12 training.prefix_cache",
+                "switch one of them off",
+            ),
+        ),
+        (
+            HEAD + "data: {train: a}\ntraining: {cuda_graphs: true, padding_free: true}\n",
+            Problem(
+                "with training.padding_free, every batch has a shape of its own",
+                "r.yaml:4:12 training.cuda_graphs",
+                "switch one of them off",
+            ),
+        ),
         *(
             (
                 HEAD.replace("text-classification", "causal-lm")
@@ -254,6 +270,7 @@ def accepted(folder: Path, text: str) -> Recipe:
                 ),
             )
             for key, value in (
+                ("padding_free", "true"),
                 ("prefix_cache", "memory"),
                 ("ffn", "auto"),
                 ("compile", "true"),
@@ -286,7 +303,7 @@ def test_a_task_takes_the_keys_that_it_looks_at_and_no_others(tmp_path: Path, ta
         "data.language": "german",
         "data.classes": {"a": [1], "b": [2]},
         "data.augment": {"flip": 0.1, "crop": 0.1, "jitter": 0.1, "time_mask": 0.1, "noise": 0.1},
-        "training": {"batch_tokens": 4096, "packing": True},
+        "training": {"batch_tokens": 4096, "packing": True, "padding_free": True},
         "evaluation": {"threshold": 0.3, "generate": {"max_new_tokens": 3, "num_beams": 2, "answer": "(a)"}},
     }
     recipe: dict[str, Any] = {"task": task, "base": {"model": "m"}, "data": {"train": "a"}}

@@ -293,6 +293,7 @@ def test_a_switch_with_names_says_which_to_write(text: str, fix: str, tmp_path: 
     ("key", "expected"),
     [
         ("packing", "true or false"),
+        ("padding_free", "true or false"),
         ("precision", "auto, fp32, bf16 or fp16"),
         ("device", "text"),
         ("seed", "a whole number"),

@@ -31,6 +31,11 @@ _HALF = (torch.float16, torch.bfloat16)
 _LAYERS = {"full_attention", "sliding_attention"}
 _NOT_KNOWN = ("softcap", "s_aux", "position_bias", "cache")
 
+
+class DropoutError(ValueError):
+    """A layer wants dropout in its attention."""
+
+
 Window = tuple[int, int]
 """How far a token sees to the left and to the right; -1: as far as its segment goes."""
 
@@ -154,7 +159,7 @@ def attention(
     if cu_seq_lens_q is None:
         raise ValueError("the layers are not told where segments end")
     if dropout:
-        raise ValueError("it has no dropout")
+        raise DropoutError("it has no dropout")
     unknown = [name for name in _NOT_KNOWN if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"it knows no {', '.join(unknown)}")

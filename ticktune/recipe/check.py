@@ -147,7 +147,7 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
             "training.micro_batch_size",
             f"expected at most batch_size = {training.batch_size}, found {training.micro_batch_size}",
         )
-    for key in ("packing", "prefix_cache", "ffn", "compile", "cuda_graphs"):
+    for key in ("packing", "padding_free", "prefix_cache", "ffn", "compile", "cuda_graphs"):
         if getattr(training, key) != type(training).model_fields[key].default and not training.fast:
             wrong(f"training.{key}", "it is one of the ways that training.fast: false switches off", "remove it")
     if training.ffn == "wide" and (recipe.ticks.dim == 0 or recipe.ticks.dropout):
@@ -157,6 +157,7 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
         wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
     for key, why in (
         ("packing", "packed rows have positions without a label, which a graph cannot leave out"),
+        ("padding_free", "every batch has a shape of its own"),
         ("prefix_cache", "what is kept of a row is read by its number"),
         ("gradient_checkpointing", "a layer that is computed again reads the state of a random generator"),
     ):
@@ -166,6 +167,8 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
         if training.packing:
             fix = "switch one of them off"
             wrong("training.prefix_cache", "what is kept of a row is not that of a packed row", fix)
+        if training.padding_free:
+            wrong("training.prefix_cache", "what is kept is of padded rows", "switch one of them off")
         if recipe.data.augment != type(recipe.data.augment)():
             fix = "set training.prefix_cache: off"
             wrong("training.prefix_cache", "data.augment changes the rows in every epoch, so nothing can be kept", fix)

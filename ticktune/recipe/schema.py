@@ -367,6 +367,10 @@ class Training(Section):
     attention stays inside of an example. Batches are then not of about one length. run.json says how the base attends:
     inside of segments, or with masks where it cannot (soft caps, dropout in attention, compiled on a CPU). A base that
     does not keep examples apart is refused."""
+    padding_free: bool = False
+    """The layers of an encoder compute the tokens of a batch without its padding, each text attending to itself alone;
+    losses differ by rounding. Most is saved where batches hold texts of many lengths. Dropout in attention cannot act:
+    it needs `base.dropout: off` where the base has some. A base whose layers do not compute the same so is refused."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
     Trainable tensors and optimizer state are always float32. A step whose gradients overflow in fp16 moves no weight
@@ -407,7 +411,7 @@ class Training(Section):
     """Ways of computing that are faster or keep less, and agree with the plain ones to rounding: the loss of language
     models without their logits, and their scores in evaluation; less kept for the backward pass of gated units,
     activations and norms without mean; Q and U of a gated tick in one product. false: the plain ones; packing,
-    prefix_cache, ffn, compile and cuda_graphs must be off then."""
+    padding_free, prefix_cache, ffn, compile and cuda_graphs must be off then."""
 
 
 class Generate(Section):
