@@ -1,4 +1,4 @@
-"""What speed was aimed at, and what the committed results say of it.
+"""What speed was aimed at, on a CPU and on a GPU, and what the committed results say of it.
 
     python -m benchmarks.aims --docs
 
@@ -8,9 +8,9 @@ measures nothing: it reads benchmarks/results and writes the table into docs/per
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import page, speed
 from ticktune.files import read_json
@@ -88,10 +88,55 @@ def aims() -> Iterator[Aim]:
         )
 
 
-def table() -> str:
-    """The aims as Markdown."""
+TRAINER = "Trainer + PEFT LoRA, FFN, default"
+_LIMIT = "norms only"
+# Call of the GPU benchmark, case, what is compared with, and how many times its real tokens/s are aimed at.
+_BESIDE = (
+    ("G2", "Llama-1B, compiled, lengths of mean 350", TRAINER, 3.0),
+    ("G2", "Llama-1B, compiled, lengths of mean 350", "PEFT LoRA, FFN, best, not compiled", 1.5),
+    ("G2", "Llama-1B, compiled, rows of 2048", "PEFT LoRA, FFN, best, not compiled", 1.5),
+    ("G4", "MiniLM-L6, 32 rows of up to 128", TRAINER, 10.0),
+    ("G4", "BERT-base, 32 rows of up to 128", TRAINER, 5.0),
+)
+
+
+def gpu_aims() -> Iterator[Aim]:
+    """The aims that a GPU can show, from those committed results that there are."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted((ROOT / "results").glob("gpu-*.json")):
+        for row in read_json(path)["rows"]:
+            if row["kind"] == "step":
+                rows.setdefault((path.stem.removeprefix("gpu-"), row["case"]), {})[row["way"]] = row
+    for call, case, peer, least in _BESIDE:
+        ways = rows.get((call, case), {})
+        ours = _fastest(ways)
+        if ours is not None and peer in ways:
+            ratio = ours["tokens_per_second"] / ways[peer]["tokens_per_second"]
+            what = f"{case}: {ours['way']}, real tokens/s beside: {peer}"
+            yield Aim(what, f"≥ {least:g} ×", f"{ratio:.2f} ×", ratio >= least)
+    for call, case in (("G1", "Llama-1B, rows of 2048"), ("G2", "Llama-1B, compiled, rows of 2048")):
+        ways = rows.get((call, case), {})
+        ours = _fastest(ways)
+        if ours is None:
+            continue
+        share, rate = ours["of_floor"], ours["tokens_per_second"]
+        found = f"{100 * share:.1f} % ({rate:,.0f} tokens/s)"
+        yield Aim(f"{case}: {ours['way']}, of the roofline's rate", "≥ 80 %", found, share >= 0.8)
+        if "tax" in ours:
+            what = f"{case}: {ours['way']}, slower than norms alone"
+            yield Aim(what, "≤ 1.5 %", f"{100 * ours['tax']:.1f} %", ours["tax"] <= 0.015)
+
+
+def _fastest(ways: dict[str, Any]) -> Any:
+    """The way with ticks that trains most tokens in a second, of the dim that the peers are sized by."""
+    ours = [row for way, row in ways.items() if way.startswith(("ticks 64", "ticks,"))]
+    return max(ours, key=lambda row: float(row["tokens_per_second"]), default=None)
+
+
+def table(found: Iterable[Aim]) -> str:
+    """Aims as Markdown."""
     lines = ["| what | aim | measured | |", "|---|---|---|---|"]
-    lines += [f"| {a.what} | {a.aim} | {a.found} | {'reached' if a.reached else 'missed'} |" for a in aims()]
+    lines += [f"| {a.what} | {a.aim} | {a.found} | {'reached' if a.reached else 'missed'} |" for a in found]
     return "\n".join(lines)
 
 
@@ -100,9 +145,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", action="store_true", help="write docs/performance.md")
     if parser.parse_args().docs:
-        page.put("aims", table())
+        page.put("aims", table(aims()))
+        page.put("gpu aims", table(gpu_aims()))
     else:
-        sys.stdout.write(table() + "\n")
+        sys.stdout.write(f"{table(aims())}\n\n{table(gpu_aims())}\n")
 
 
 if __name__ == "__main__":
