@@ -116,14 +116,14 @@ def g0(run: Run) -> None:
         "loss by chunks",
         lambda: gpu_kernels.losses(llama.hidden, llama.vocabulary, tokens, chunks, device, effort),
     )
-    names = ["Llama-1B", "MiniLM-L6"] if small else list(SHAPES)
-    counts, dims = ([32], [0, 8]) if small else ([8192, 16384, 4096], [0, 64, 16, 128, 256, 8, 32])
-    shapes = {name: run.shape(name) for name in names}
-    run.add(gpu_kernels.products(shapes, counts, dims, device, effort, run.budget, left_out))
     # Llama-1B's, Llama-8B's and MiniLM's heads.
     cases = [(size, heads, s) for s in (2048, 512, 128, 8192) for size, heads in ((64, 32), (128, 32), (32, 12))]
     cases = [(8, 2, 16)] if small else cases
     run.add(gpu_kernels.attention(cases, run.size(16384, 32), device, effort, run.budget, left_out))
+    names = ["Llama-1B", "MiniLM-L6"] if small else list(SHAPES)
+    counts, dims = ([32], [0, 8]) if small else ([8192, 16384, 4096], [0, 64, 16, 128, 256, 8, 32])
+    shapes = {name: run.shape(name) for name in names}
+    run.add(gpu_kernels.products(shapes, counts, dims, device, effort, run.budget, left_out))
 
 
 def g6(run: Run) -> None:
@@ -230,10 +230,13 @@ def g2(run: Run) -> None:
     masked = {f"ticks {dim} + norms, split, masked": replace(ours, attention="masked", **compiled)}
     rows, mean = [longest] * (tokens // longest), run.size(350, 8)
     mixed = up_to(lognormal(tokens, mean, longest), tokens)
-    groups = [(f"lengths of mean {mean}", mixed, ways | masked), (f"rows of {longest}", rows, ways | losses)]
+    groups = [
+        (f"lengths of mean {mean}", mixed, ways | masked),
+        (f"rows of {longest}", rows, ways | losses | slow_to_compile),
+    ]
     for case, lengths, those in groups[run.size(0, 1) :]:
         subject = language(run, f"Llama-1B, compiled, {case}", shape, weights, lengths, longest)
-        run.add(measure(subject, those | slow_to_compile, run.effort, run.budget, run.left_out))
+        run.add(measure(subject, those, run.effort, run.budget, run.left_out))
 
 
 def g3(run: Run) -> None:
@@ -267,7 +270,7 @@ def g4(run: Run) -> None:
         for name, drawn_weights in weights.items():
             dim = run.size(32 if name == "MiniLM-L6" else 64, 8)
             subject = encoder(run, name, drawn_weights, rows, longest, dim)
-            run.add(measure(subject, encoder_ways(dim, few=number > 2), run.effort, run.budget, run.left_out))
+            run.add(measure(subject, encoder_ways(dim, few=number > 0), run.effort, run.budget, run.left_out))
     run.left_out.append({"what": "8 runs at once", "why": "ticktune trains one run in a process"})
 
 
@@ -286,21 +289,22 @@ def encoder(run: Run, name: str, weights: list[Any], rows: int, longest: int, di
 def encoder_ways(dim: int, *, few: bool) -> dict[str, Way]:
     """By worth; the first few of them for batches that are less common."""
     ours = Way(ticks(dim), "by length", dim=dim)
+    alike = {"layout": "random", "dropout": False}
     ways = {
         REFERENCE: Way(ticks(0), "by length"),
         **{f"ticks, {form}, by length": replace(ours, adapt=ticks(dim, form)) for form in TICK_FORMS},
         "Trainer + PEFT LoRA, FFN, default": Way(lora(everywhere=False, best=False), "random", trainer=True),
         "ticks, CUDA graphs": replace(ours, graphs=True),
-        "ticks, compiled": replace(ours, layers="compiled"),
-        "ticks, compiled, CUDA graphs": replace(ours, layers="compiled", graphs=True),
-        "ticks, without padding, no dropout": replace(ours, layout="random", padding_free=True, dropout=False),
+        "ticks, without padding, no dropout": replace(ours, padding_free=True, **alike),
+        "ticks, random, no dropout": replace(ours, **alike),
     }
     more = {
         "PEFT LoRA, FFN, best": Way(lora(everywhere=False, best=True), "by length", autocast=False),
-        "ticks, random": replace(ours, layout="random"),
-        "ticks, random, no dropout": replace(ours, layout="random", dropout=False),
-        "ticks, AdamW foreach": replace(ours, adamw="foreach"),
+        "norms only, CUDA graphs": Way(ticks(0), "by length", graphs=True),
         "full fine-tuning": Way(everything(torch.float32), "by length", full=True),
+        "ticks, compiled, CUDA graphs": replace(ours, layers="compiled", graphs=True),
+        "ticks, compiled": replace(ours, layers="compiled"),
+        "ticks, AdamW foreach": replace(ours, adamw="foreach"),
     }
     return ways if few else ways | more
 

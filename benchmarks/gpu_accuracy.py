@@ -11,28 +11,31 @@ from torch import nn
 
 from benchmarks import methods
 from benchmarks.clock import Budget
-from benchmarks.gpu_steps import attempt
+from benchmarks.gpu_steps import attempt, run_again
 from ticktune.base import load_model
 from ticktune.console import Console
 from ticktune.data.batches import epoch_batches
 from ticktune.device import Compute
 from ticktune.evaluate import score
 from ticktune.files import read_json
-from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.attach import adapter_parameters, attach, set_training
 from ticktune.prepare import Prepared, prepare
 from ticktune.recipe.load import load_recipe
 from ticktune.recipe.schema import Optimizer
+from ticktune.train.graphs import Graphs, in_eighths
 from ticktune.train.groups import build_optimizer, lr_factor
+from ticktune.train.head_loss import plain_loss
 from ticktune.train.prefix import NUMBERS, PrefixCache
-from ticktune.train.steps import train_steps
+from ticktune.train.steps import gradients_of, train_steps
 
 SEED, BATCH = 1, 32
-# Way -> method of methods.json, whose learning rate it has, and the layers that are trained.
+# Way -> method of methods.json, whose learning rate it has, the layers that are trained, and whether by CUDA graphs.
 WAYS = {
-    "ticks + norms, upper half, prefix kept": ("ticks + norms", "last:3"),
-    "ticks + norms, all layers": ("ticks + norms", "all"),
-    "PEFT LoRA": ("PEFT LoRA", "all"),
-    "full fine-tuning": ("full fine-tuning", "all"),
+    "ticks + norms, all layers, CUDA graphs": ("ticks + norms", "all", True),
+    "ticks + norms, all layers": ("ticks + norms", "all", False),
+    "ticks + norms, upper half, prefix kept": ("ticks + norms", "last:3", False),
+    "PEFT LoRA": ("PEFT LoRA", "all", False),
+    "full fine-tuning": ("full fine-tuning", "all", False),
 }
 
 
@@ -71,26 +74,35 @@ def by_time(
 def _trained(way: str, rates: dict[str, float], prepared: Prepared, epochs: int) -> list[dict[str, Any]]:
     model, named, options, around, began = _built(way, rates, prepared)
     examples, task, compute = prepared.examples["train"], prepared.task, prepared.compute
+    optimizer, scaler, graphs = build_optimizer(named, options), compute.scaler(), None
+    longest = prepared.loaded.recipe.data.max_length
+    if WAYS[way][2]:
+        set_training(model, True, base_dropout=False)
+        run = gradients_of(model, plain_loss(task), scaler, compute, around)
+        record = None if compute.device.type == "cuda" else run_again
+        graphs = Graphs(run, optimizer, compute, unused=[NUMBERS], record=record)
     per_epoch = -(-len(examples) // BATCH)
 
     def batches() -> Iterator[list[Any]]:
         for epoch in range(epochs):
             for numbers in epoch_batches(examples.lengths, BATCH, seed=SEED, epoch=epoch):
-                yield [task.collate(examples.take(numbers)) | {NUMBERS: numbers}]
+                batch = task.collate(examples.take(numbers)) | {NUMBERS: numbers}
+                yield [batch if graphs is None else in_eighths(batch, longest, 0)]
 
     steps = train_steps(
         model,
         [(name, p) for name, _, p in named],
         task,
         batches(),
-        build_optimizer(named, options),
-        compute.scaler(),
+        optimizer,
+        scaler,
         compute,
         lr_factor=lambda step: lr_factor(step, epochs * per_epoch, prepared.loaded.recipe.schedule),
         clip=1.0,
         seed=SEED,
         base_dropout=False,
         around=around,
+        graphs=graphs,
     )
     rows: list[dict[str, Any]] = []
     seconds = began
@@ -109,7 +121,7 @@ def _built(
     way: str, rates: dict[str, float], prepared: Prepared
 ) -> tuple[nn.Module, list[tuple[str, Any, nn.Parameter]], Optimizer, Callable[..., Any], float]:
     """The model on its device, what is trained, the optimizer's options, what steps run in, and seconds it took."""
-    method, layers = WAYS[way]
+    method, layers, _ = WAYS[way]
     task, compute = prepared.task, prepared.compute
     if method != "ticks + norms":
         model, named, options = methods.build(method, rates[method], prepared, SEED)

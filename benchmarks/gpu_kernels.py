@@ -30,12 +30,12 @@ def drawn(device: torch.device, *sizes: int) -> Tensor:
 
 
 def rows_of(
-    kind: str, case: str, calls: dict[str, Callable[[], Any]], device: torch.device, effort: Effort, **facts: Any
+    kind: str, case: str, calls: dict[str, Callable[[], Any]], device: torch.device, effort: Effort, repeat: int = 5
 ) -> list[Row]:
-    """One row for each of some calls that take turns."""
-    repeat = 5 if device.type == "cuda" else 1
+    """One row for each of some calls that take turns; short ones are repeated between two points of a GPU's clock."""
+    repeat = repeat if device.type == "cuda" else 1
     seconds = in_turns(calls, device, warm=effort.warm, times=effort.turns * effort.steps, repeat=repeat)
-    return [{"kind": kind, "case": case, "way": name, **spread(own), **facts} for name, own in seconds.items()]
+    return [{"kind": kind, "case": case, "way": name, **spread(own)} for name, own in seconds.items()]
 
 
 # Products
@@ -231,19 +231,22 @@ def losses(
     states = drawn(device, tokens, hidden).requires_grad_(True)
     targets = torch.randint(0, vocabulary, (tokens,), device=device)
 
-    def chunked(size: int) -> None:
-        torch.autograd.grad(linear_cross_entropy(states, targets, Head(linear), chunk=size), states)
+    def chunked(size: int, compiled: bool) -> None:
+        loss = linear_cross_entropy(states, targets, Head(linear), chunk=size, compiled=compiled)
+        torch.autograd.grad(loss, states)
 
     def plain() -> None:
         torch.autograd.grad(F.cross_entropy(linear(states).float(), targets, reduction="sum"), states)
 
-    calls: dict[str, Callable[[], Any]] = {f"chunks of {size}": functools.partial(chunked, size) for size in chunks}
-    calls["all logits"] = plain
+    calls: dict[str, Callable[[], Any]] = {"all logits": plain}
+    for compiled in (False, True):
+        for size in chunks:
+            name = f"chunks of {size}{', compiled' if compiled else ''}"
+            calls[name] = functools.partial(chunked, size, compiled)
     case = f"{tokens} tokens, hidden {hidden}, vocabulary {vocabulary}"
     flops = 4 * tokens * hidden * vocabulary  # logits and the gradient of the states
-    return [
-        row | {"flops_per_second": flops / row["ms"] * 1000} for row in rows_of("loss", case, calls, device, effort)
-    ]
+    rows = rows_of("loss", case, calls, device, effort, repeat=1)
+    return [row | {"flops_per_second": flops / row["ms"] * 1000} for row in rows]
 
 
 def product_rate(device: torch.device, size: int, effort: Effort) -> Row:
@@ -271,23 +274,26 @@ class Kernel:
 def kernel(name: str, shape: Shape, tokens: int, dim: int, device: torch.device) -> Kernel:
     """The products of a feed-forward block (``split``, ``wide``) or the loss of a chunk (``loss``), in bfloat16."""
     d = shape.hidden
-    if name == "loss":
+    if name in ("loss", "loss, compiled"):
         linear = nn.Linear(d, shape.vocabulary, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
         linear.weight.copy_(drawn(device, shape.vocabulary, d))
         states, targets = drawn(device, tokens, d).requires_grad_(True), torch.arange(tokens, device=device) % 7
         # The head twice, logits written once and read for the softmax, its result written and read by the product.
         expected = 2 * (2 * shape.vocabulary * d + 4 * tokens * shape.vocabulary + 3 * tokens * d)
-        return Kernel(
-            lambda: torch.autograd.grad(linear_cross_entropy(states, targets, Head(linear), chunk=tokens), states),
-            expected,
-        )
+        compiled = name != "loss"
+
+        def run() -> None:
+            loss = linear_cross_entropy(states, targets, Head(linear), chunk=tokens, compiled=compiled)
+            torch.autograd.grad(loss, states)
+
+        return Kernel(run, expected)
     width = (shape.ffn_matrices - 1) * shape.width
     ways = _products(shape, tokens, dim, device)["forward"]
     reads = 1 if name == "wide" else 2
     return Kernel(ways[name], 2 * (reads * tokens * d + (width + dim) * d + tokens * (width + dim)))
 
 
-KERNELS = ("split", "wide", "loss")
+KERNELS = ("split", "wide", "loss", "loss, compiled")
 
 
 def traffic(

@@ -285,7 +285,7 @@ class Loop:
             set_training(self.model, True, base_dropout=way.dropout)
             run = gradients_of(self.model, self._loss_of, scaler, self._compute, self._around)
             on_gpu = self._compute.device.type == "cuda"
-            graphs = Graphs(run, self._optimizer, self._compute, record=None if on_gpu else _run_again)
+            graphs = Graphs(run, self._optimizer, self._compute, record=None if on_gpu else run_again)
         self._steps = train_steps(
             self.model,
             [(name, p) for name, _, p in named],
@@ -503,7 +503,7 @@ def _own_loss(model: nn.Module, task: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def _run_again(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+def run_again(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
     """What stands for a CUDA graph on a CPU: the same computation."""
     loss = run().clone()
     return lambda: loss.copy_(run()), loss

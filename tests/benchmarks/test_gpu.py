@@ -252,7 +252,7 @@ def _ticks(dim: int) -> set[str]:
 
 _TICKS = _ticks(8)
 _ENCODERS = {
-    REFERENCE, "ticks, split, by length", "ticks, wide, by length", "ticks, random", "ticks, compiled",
+    REFERENCE, "ticks, split, by length", "ticks, wide, by length", "norms only, CUDA graphs", "ticks, compiled",
     "ticks, CUDA graphs", "ticks, compiled, CUDA graphs", "ticks, AdamW foreach", "PEFT LoRA, FFN, best",
     "Trainer + PEFT LoRA, FFN, default", "full fine-tuning", "ticks, without padding, no dropout",
     "ticks, random, no dropout",
@@ -361,8 +361,9 @@ def test_accuracy_by_time(data_folder: Path, tmp_path: Path) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document["left_out"] == []
     assert {row["way"]: row["epoch"] for row in document["rows"]} == {
-        "ticks + norms, upper half, prefix kept": 1,
+        "ticks + norms, all layers, CUDA graphs": 1,
         "ticks + norms, all layers": 1,
+        "ticks + norms, upper half, prefix kept": 1,
         "PEFT LoRA": 1,
         "full fine-tuning": 1,
     }

@@ -227,3 +227,15 @@ def test_steps_of_cuda_graphs_are_those_without(kind: str, precision: Any, tiny_
     assert found[1][0] == pytest.approx(found[0][0], rel=allowed)
     for key, tensor in found[0][1].items():
         torch.testing.assert_close(found[1][1][key], tensor, rtol=allowed, atol=allowed, msg=key)
+
+
+@needs_cuda
+def test_a_forward_pass_that_waits_for_the_device_is_refused(tiny_bert: Path) -> None:
+    work = _work(tiny_bert)
+    work.model.to("cuda")
+    compute = Compute(torch.device("cuda"), "bf16")
+    work.model.register_forward_hook(lambda module, args, output: float(output.logits.sum()) and None)
+    graphs = _graphs(work, optimizer_of(work.model), compute)
+    obstacle = graphs.obstacle(work.batches(4)[0][0], 4.0)
+    assert obstacle is not None
+    assert obstacle.startswith("the model cannot be recorded: ")
