@@ -234,7 +234,7 @@ def test_a_forward_pass_that_waits_for_the_device_is_refused(tiny_bert: Path) ->
     work = _work(tiny_bert)
     work.model.to("cuda")
     compute = Compute(torch.device("cuda"), "bf16")
-    work.model.register_forward_hook(lambda module, args, output: float(output.logits.sum()) and None)
+    work.model.register_forward_hook(lambda module, args, output: output.logits.detach().sum().item() and None)
     graphs = _graphs(work, optimizer_of(work.model), compute)
     obstacle = graphs.obstacle(work.batches(4)[0][0], 4.0)
     assert obstacle is not None
