@@ -92,6 +92,21 @@ def test_what_cannot_be_done_is_a_recipe_error_and_leaves_nothing(
     assert not (folder / "runs/refused/run.json").exists()
 
 
+def test_inspect_refuses_what_needs_no_weights(folder: Path) -> None:
+    from transformers import BartConfig, BartModel
+
+    fine = launch("inspect", "recipe.yaml", "training.padding_free=true", cwd=folder)
+    assert fine.returncode == 0, fine.stderr
+    shape: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": len(models.WORDS)}
+    shape |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    BartModel(BartConfig(**shape, pad_token_id=0)).save_pretrained(folder / "bart")
+    models.word_tokenizer().save_pretrained(folder / "bart")
+    done = launch("inspect", "recipe.yaml", "training.padding_free=true", "base.model=bart", cwd=folder)
+    text = " ".join(done.stderr.split())
+    assert done.returncode == 2, text
+    assert "padding cannot be left out: the model has several stacks of layers" in text
+
+
 @pytest.mark.slow
 def test_real_rows_have_the_losses_of_padded_ones(data_folder: Path, tmp_path: Path) -> None:
     recipe = (

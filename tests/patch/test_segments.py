@@ -1,6 +1,6 @@
 """Attention inside of segments: torch's own attention in each of them, by any road to it."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ticktune.patch import segments
-from ticktune.patch.segments import Window, attention, by_length, kernel_of, layer_keywords
+from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.segments import Segments, Window, attention, by_length, kernel_of, layer_keywords
+from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
+from ticktune.tasks.batch import SEGMENTS
 
 LENGTHS = [5, 1, 9, 9, 9, 2, 2, 17, 10]  # 64 tokens, with equal ones in a row
 WINDOWS: list[Window] = [(-1, 0), (-1, -1), (3, 0), (3, 3), (0, 0), (30, 0)]
@@ -189,88 +192,99 @@ def test_the_kernel_of_this_torch_takes_what_it_is_given(monkeypatch: pytest.Mon
             assert (found.shape, found.dtype) == (query.shape, query.dtype)
 
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a CUDA device, and there is none")
+on_cuda = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a CUDA device, and there is none"),
+)
 
 
-@cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("heads", "groups"), HEADS)
 @pytest.mark.parametrize("size", [64, 128])
-def test_the_kernel_computes_what_attention_in_each_segment_does(
-    heads: int, groups: int, size: int, window: Window, dtype: torch.dtype
+@pytest.mark.parametrize("device", ["cpu", on_cuda])
+def test_in_half_precision_it_is_near_to_exact_attention_in_each_segment(
+    device: str, heads: int, groups: int, size: int, window: Window, dtype: torch.dtype
 ) -> None:
-    segments._register(with_kernel=True)
-    states = _states(heads, groups, size, dtype, "cuda")
+    """On CUDA by the kernel."""
+    segments._register(with_kernel=device == "cuda")
+    states = _states(heads, groups, size, dtype, device)
     exact = [each.detach().float().requires_grad_(True) for each in states]
     found, _ = _attend(states, window, None)
     expected = _expected(exact, window, None)
     assert found.dtype == dtype
-    allowed = 2e-2 if dtype == torch.bfloat16 else 3e-3
-    assert _distance(found, expected) < allowed
-    for own, other in zip(_gradients(found, states), _gradients(expected, exact), strict=True):
-        assert _distance(own, other) < allowed
+    allowed = 2e-2 if dtype == torch.bfloat16 else 5e-3
+    assert _distance([found], [expected]) < allowed
+    # Beside the largest of them: where a token sees itself alone, those of queries and keys are zero.
+    slopes, others = _gradients(found, states), _gradients(expected, exact)
+    largest = max(float(each.norm()) for each in others)
+    assert all(
+        float((own.float() - other).norm()) < allowed * largest for own, other in zip(slopes, others, strict=True)
+    )
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Of the size of the other, or of the numbers that such a size comes of by rounding where it is zero."""
-    one, other = one.detach().float(), other.detach().float()
-    return float((one - other).norm() / max(float(other.norm()), 1e-4 * other.numel() ** 0.5))
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    one, other = (torch.cat([each.detach().float().flatten() for each in tensors]) for tensors in (found, expected))
+    return float((one - other).norm() / other.norm())
 
 
-@cuda
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch, where it traces
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_model_on_cuda_has_the_loss_and_gradients_of_its_examples_alone(compiled: bool, autocast: bool) -> None:
-    """A Llama with fewer heads of keys and a Mistral with a window, against masks in float32."""
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", False), ("cuda", True)])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_model_in_half_precision_is_as_near_to_the_exact_one_as_with_masks(
+    name: str, device: str, compiled: bool, autocast: bool
+) -> None:
+    """A Llama with fewer heads of keys and a Mistral with a window, their layers computed again backwards."""
     import transformers as t
 
-    from ticktune.patch.attach import adapter_parameters, attach
-    from ticktune.patch.segments import Segments
-    from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
-
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("the kernel needs a CUDA device, and there is none")
     shape: dict[str, Any] = {
         "vocab_size": 64, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0,
     }  # fmt: skip
-    for build in (
-        lambda: t.LlamaForCausalLM(t.LlamaConfig(**shape)),
-        lambda: t.MistralForCausalLM(t.MistralConfig(**shape, sliding_window=4)),
-    ):
-        torch.manual_seed(3)
-        model: Any = attach(build(), 8).cuda()
-        with torch.no_grad():
-            for _, _, parameter in adapter_parameters(model):
-                parameter += 0.1 * torch.randn_like(parameter)
-        ids = torch.randint(4, 64, (2, 32), device="cuda")
-        lengths = [5, 1, 9, 9, 8, 2, 2, 17, 11]  # of two rows of 32
-        positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 32).cuda()
-        batch = {"input_ids": ids, "position_ids": positions}
-        expected = _slopes(model, batch, nullcontext())
-        if not autocast:
-            model.to(torch.bfloat16)
-        ways = Segments(model)
-        again: dict[Any, Any] = {
-            layer: Checkpointed(Compiled(layer) if compiled else layer, ways.again) for layer in layers_of(model)
-        }
-        with standing_in(places_of(model, list(again)), again):
-            context = torch.autocast("cuda", dtype=torch.bfloat16) if autocast else nullcontext()
-            found = _slopes(model, batch, context, ways.running({"segments": lengths}))
-        assert _distance(found[0], expected[0]) < 5e-2
-        for own, other in zip(found[1], expected[1], strict=True):
-            assert _distance(own, other) < 0.1
+    torch.manual_seed(3)
+    built: Any = (
+        t.LlamaForCausalLM(t.LlamaConfig(**shape))
+        if name == "llama"
+        else t.MistralForCausalLM(t.MistralConfig(**shape, sliding_window=4))
+    )
+    with torch.no_grad():  # as sharp as a trained model's
+        for parameter in built.parameters():
+            if parameter.dim() == 2:
+                parameter *= 3
+    model: Any = attach(built, 8).to(device)
+    with torch.no_grad():
+        for _, _, parameter in adapter_parameters(model):
+            parameter += 0.1 * torch.randn_like(parameter)
+    lengths = [5, 1, 9, 9, 8, 2, 2, 17, 11]  # two rows
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 32)
+    batch = {"input_ids": torch.randint(4, 64, (2, 32)).to(device), "position_ids": positions.to(device)}
+    exact = _slopes(model, batch)
+    if not autocast:
+        model.to(torch.bfloat16)
+
+    def context() -> Any:
+        return torch.autocast(device, dtype=torch.bfloat16) if autocast else nullcontext()
+
+    masked = _slopes(model, batch, context())
+    ways = Segments(model)
+    layers: dict[Any, Any] = {
+        layer: Checkpointed(Compiled(layer) if compiled else layer, ways.again) for layer in layers_of(model)
+    }
+    with standing_in(places_of(model, list(layers)), layers):
+        found = _slopes(model, batch, context(), ways.running({SEGMENTS: lengths}))
+    for own, plain, expected in zip(found, masked, exact, strict=True):
+        assert 0 < _distance(own, expected) < 1.5 * _distance(plain, expected) + 1e-3
     torch._dynamo.reset()
 
 
-def _slopes(model: Any, batch: dict[str, Tensor], *contexts: Any) -> tuple[Tensor, list[Tensor]]:
-    from contextlib import ExitStack
-
-    from ticktune.patch.attach import adapter_parameters
-
+def _slopes(model: Any, batch: dict[str, Tensor], *contexts: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits, and the gradients of all that is trained."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
         logits = model(**batch, use_cache=False).logits
     gradients = torch.autograd.grad(logits.float().square().mean(), [p for _, _, p in adapter_parameters(model)])
-    return logits.float(), list(gradients)
+    return [logits], list(gradients)

@@ -12,7 +12,7 @@ from tests.training import CPU
 from ticktune.device import Compute
 from ticktune.errors import PatchError
 from ticktune.patch.attach import adapter_parameters, attach
-from ticktune.patch.standins import Checkpointed, layers_of, places_of, standing_in
+from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
 from ticktune.patch.unpadded import TOKENS, Unpadded, without_padding
 from ticktune.tasks.batch import SEGMENTS, Batch
 from ticktune.tasks.task import TaskOptions
@@ -41,10 +41,16 @@ def _model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     import transformers as t
 
     built: dict[str, Any] = {
+        # Heads of 16, as the kernel wants a multiple of 8.
+        "bert": lambda: t.BertForSequenceClassification(
+            t.BertConfig(
+                vocab_size=64, hidden_size=48, intermediate_size=82, num_hidden_layers=3, num_attention_heads=3
+            )
+        ),
         # Windows of two tokens on each side, far shorter than the texts.
         "modernbert": lambda: t.ModernBertForSequenceClassification(
             t.ModernBertConfig(
-                vocab_size=64, hidden_size=48, intermediate_size=82, num_hidden_layers=4, num_attention_heads=4,
+                vocab_size=64, hidden_size=48, intermediate_size=82, num_hidden_layers=4, num_attention_heads=3,
                 pad_token_id=0, local_attention=4, global_attn_every_n_layers=2,
             )
         ),
@@ -66,8 +72,9 @@ def _model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def _slopes(model: Any, unpadded: Unpadded | None, layers: dict[nn.Module, nn.Module]) -> tuple[Tensor, list[Tensor]]:
-    batch = _batch()
+def _slopes(
+    model: Any, unpadded: Unpadded | None, layers: dict[nn.Module, nn.Module], batch: Batch
+) -> tuple[Tensor, list[Tensor]]:
     with (
         standing_in(places_of(model, list(layers)), layers),
         nullcontext() if unpadded is None else unpadded.running(batch),
@@ -76,7 +83,7 @@ def _slopes(model: Any, unpadded: Unpadded | None, layers: dict[nn.Module, nn.Mo
     parameters = [parameter for _, _, parameter in adapter_parameters(model)]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     assert any(slope is not None and slope.any() for slope in found)
-    return loss.detach(), [torch.zeros(()) if slope is None else slope for slope in found]
+    return loss.detach(), [torch.zeros((), device=loss.device) if slope is None else slope for slope in found]
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -95,13 +102,13 @@ def test_loss_and_gradients_are_those_of_padded_rows(name: str, dtype: torch.dty
         )
         for layer in layers_of(model)
     ]
-    loss, slopes = _slopes(model, unpadded, layers)
+    loss, slopes = _slopes(model, unpadded, layers, _batch())
     assert set(seen) == {(1, sum(LENGTHS), 48)}
     calls = 3 if name == "albert" else len(handles)  # its layers share one block
     assert len(seen) == calls * (2 if again else 1)
     for handle in handles:
         handle.remove()
-    expected, others = _slopes(model, None, {})
+    expected, others = _slopes(model, None, {}, _batch())
     # A Llama's norms compute in float32, whatever the model's dtype.
     of_loss, of_slope = (1e-12, 1e-11) if dtype == torch.float64 and name != "llama" else (2e-6, 5e-5)
     torch.testing.assert_close(loss, expected, rtol=of_loss, atol=0)
@@ -179,3 +186,36 @@ def test_what_is_returned_is_padded_with_zeros() -> None:
     assert states.shape == (2, 5, 48)
     assert not states[0, 3:].any()
     assert states[1].any(-1).all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch, where it traces
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", False), ("cuda", True)])
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_in_half_precision_it_is_as_near_to_the_exact_loss_as_with_padding(
+    name: str, device: str, compiled: bool, autocast: bool
+) -> None:
+    """On CUDA by the kernel."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("the kernel needs a CUDA device, and there is none")
+    model = _model(name).to(device)
+    exact, half = Compute(torch.device(device), "fp32"), Compute(torch.device(device), "bf16" if autocast else "fp32")
+    batch = exact.put(_batch())
+    _, expected = _slopes(model, None, {}, batch)
+    if not autocast:
+        model.to(torch.bfloat16)
+    unpadded = Unpadded(model)
+    layers: dict[nn.Module, nn.Module] = {
+        layer: Checkpointed(Compiled(layer) if compiled else layer, unpadded.again) for layer in layers_of(model)
+    }
+    with half.autocast():
+        (_, padded), (_, found) = _slopes(model, None, {}, batch), _slopes(model, unpadded, layers, batch)
+    change, rounding = _distance(found, expected), _distance(padded, expected)
+    assert 0 < change < 1.5 * rounding + 1e-3
+    prove_unpadded(model, unpadded, _task(), batch, half, base_dropout=False)
+    torch._dynamo.reset()
+
+
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    one, other = (torch.cat([each.float().flatten() for each in tensors]) for tensors in (found, expected))
+    return float((one - other).norm() / other.norm())
