@@ -47,7 +47,7 @@ from ticktune.train.graphs import Graphs, in_eighths
 from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, ends_of, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
-from ticktune.train.packing import packed_pair, packing_obstacle
+from ticktune.train.packing import beginning, packed_pair, packing_obstacle
 from ticktune.train.padding import prove_unpadded
 from ticktune.train.prefix import NUMBERS, PrefixCache, refuse_dropout
 from ticktune.train.steps import StepReport, gradients_of, train_steps, try_step
@@ -109,8 +109,9 @@ def build_segments(prepared: Prepared, model: nn.Module, console: Console) -> Se
     numbers = packed_pair(examples.lengths, recipe.data.max_length)
     if numbers is None:
         console.note("training.packing: no two examples fit into a row of data.max_length, so none is shared")
-        return "no two examples fit into a row"
-    pair = examples.take(list(numbers))
+        pair = [beginning(example, recipe.data.max_length // 2) for example in examples.take([0, len(examples) - 1])]
+    else:
+        pair = examples.take(list(numbers))
     if recipe.training.compile and not has_kernel(compute):
         reason: str | None = "compiled layers would have a graph for each batch"
     else:
@@ -121,7 +122,7 @@ def build_segments(prepared: Prepared, model: nn.Module, console: Console) -> Se
             reason = error.problems[0].message
         if reason is None:
             return segments
-    obstacle = packing_obstacle(model, prepared.task, pair, compute)
+    obstacle = packing_obstacle(model, prepared.task, pair, compute) if numbers is not None else None
     if obstacle is not None:
         where = prepared.loaded.where("training.packing")
         raise BaseModelError(obstacle, where=where, fix="set training.packing: false")

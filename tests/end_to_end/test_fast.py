@@ -239,3 +239,4 @@ def test_rows_that_fill_their_windows_are_told_not_to_share(work: Path, ticktune
     done = ticktune(*words, "data.train=long.txt", "data.validation=null", cwd=work)
     assert done.returncode == 0, done.stderr
     assert "no two examples fit into a row" in done.stderr
+    assert record(work / "runs/full")["attention"] == "segments"

@@ -36,6 +36,12 @@ def packed_pair(lengths: Sequence[int], capacity: int) -> tuple[int, int] | None
     return (first, max(fitting, key=lengths.__getitem__)) if fitting else None
 
 
+def beginning(example: Example, count: int) -> Example:
+    """The first tokens of an example, at most so many."""
+    part = {name: example[name][:count] for name in _TOKENS}
+    return part | {"length": len(part["input_ids"])}
+
+
 def packing_obstacle(
     model: nn.Module,
     task: "Task",
@@ -113,17 +119,12 @@ def _run_backwards(
     devices = [compute.device] if compute.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         set_training(model, True, base_dropout=base_dropout)
-        beginnings = [_part(example, _BEGINNING) for example in pair]
+        beginnings = [beginning(example, _BEGINNING) for example in pair]
         with compute.autocast():
             logits = _logits(model, task, beginnings, compute, around)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if trained:
             torch.autograd.grad(logits.square().mean(), trained, allow_unused=True)
-
-
-def _part(example: Example, count: int) -> Example:
-    part = {name: example[name][:count] for name in _TOKENS}
-    return part | {"length": len(part["input_ids"])}
 
 
 def _joined(pair: Sequence[Example]) -> Example:

@@ -102,8 +102,7 @@ def _run_backwards(
         with unpadded.running(batch), compute.autocast():
             loss = task.loss(task.forward(model, batch), batch)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with unpadded.again():
-            torch.autograd.grad(loss, trained, allow_unused=True)
+        torch.autograd.grad(loss, trained, allow_unused=True)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
