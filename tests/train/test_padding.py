@@ -211,7 +211,7 @@ def test_in_half_precision_it_is_as_near_to_the_exact_loss_as_with_padding(
     with half.autocast():
         (_, padded), (_, found) = _slopes(model, None, {}, batch), _slopes(model, unpadded, layers, batch)
     change, rounding = _distance(found, expected), _distance(padded, expected)
-    assert 0 < change < 1.5 * rounding + 1e-3
+    assert 0 < change < 2 * rounding + 1e-3
     prove_unpadded(model, unpadded, _task(), batch, half, base_dropout=False)
     torch._dynamo.reset()
 
