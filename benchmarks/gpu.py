@@ -54,6 +54,7 @@ RESULTS = ROOT / "results"
 PAGE = ROOT.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- gpu -->", "<!-- end of gpu -->"
 SECONDS = 480.0
+_NAMED = 6  # of what was left out for one reason
 
 
 @dataclass
@@ -383,8 +384,18 @@ def table(document: dict[str, Any]) -> str:
                 lines.append(f"| {' | '.join(cells)} |")
             parts.append("\n".join(lines))
     if document["left_out"]:
-        parts.append("\n".join(f"- Left out: {each['what']}: {each['why']}" for each in document["left_out"]))
+        parts.append("\n".join(_left_out(document["left_out"])))
     return "\n\n".join(parts)
+
+
+def _left_out(entries: Sequence[dict[str, str]]) -> Iterator[str]:
+    """A line for each reason, with the first of what was left out for it."""
+    reasons: dict[str, list[str]] = {}
+    for each in entries:
+        reasons.setdefault(each["why"], []).append(each["what"])
+    for why, parts in reasons.items():
+        more = f"; and {len(parts) - _NAMED} more" if len(parts) > _NAMED else ""
+        yield f"- Left out: {'; '.join(parts[:_NAMED])}{more}: {why}"
 
 
 _LEGEND = """MFU4: model FLOPs of a frozen base, 4 for each weight and token, with attention, beside the 989 TFLOP/s

@@ -565,7 +565,8 @@ def measure(
         longest = max(longest, budget.used - begun)
     try:
         _take_turns(subject.case, ready, effort, budget, memory, left_out)
-        return [_row(subject, name, each, ready.get(REFERENCE)) for name, each in ready.items() if each.turns]
+        limits = {each.way.graphs: each for name, each in ready.items() if name.startswith(REFERENCE)}
+        return [_row(subject, name, each, limits.get(each.way.graphs)) for name, each in ready.items() if each.turns]
     finally:
         while ready:
             ready.popitem()[1].run.close()
