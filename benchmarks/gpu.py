@@ -17,6 +17,7 @@ measurement. ``--docs`` writes all results into docs/performance.md.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ class Run:
         budget: Seconds.
         document: Gets rows and what is left out.
         keep: Writes the document.
+        only: Cases with this in their names are measured; of G1 to G4.
     """
 
     tiny: bool
@@ -76,6 +78,7 @@ class Run:
     budget: Budget
     document: dict[str, Any]
     keep: Callable[[], None]
+    only: str = ""
 
     @property
     def left_out(self) -> list[dict[str, str]]:
@@ -97,6 +100,11 @@ class Run:
         if self.compute.device.type == "cuda":
             self.document["machine"]["clocks_under_load"] = clocks()
         self.keep()
+
+    def measure(self, case: str, subject: Callable[[str], Subject], ways: dict[str, Way]) -> None:
+        """Measures the ways of a case, unless another one is wanted."""
+        if self.only in case:
+            self.add(measure(subject(case), ways, self.effort, self.budget, self.left_out))
 
     def try_(self, what: str, make: Callable[[], Sequence[dict[str, Any]]]) -> None:
         """Takes the rows of a part, or notes why there are none."""
@@ -140,7 +148,7 @@ def g6(run: Run) -> None:
 # Calls of language models
 
 
-def language(run: Run, case: str, shape: Shape, weights: list[Any], lengths: list[int], capacity: int) -> Subject:
+def language(run: Run, shape: Shape, weights: list[Any], lengths: list[int], capacity: int, case: str) -> Subject:
     """What the ways of a case train on: examples of these lengths, packed into rows of a capacity, and padded.
 
     The steps have the same lengths and other tokens. Padded rows are cut into micro-batches that have, with their
@@ -205,8 +213,8 @@ def g1(run: Run) -> None:
         (f"rows of {longest}, all weights", rows, reference | full),
     ]
     for case, lengths, ways in groups:
-        subject = language(run, f"Llama-1B, {case}", shape, weights, lengths, longest)
-        run.add(measure(subject, ways, run.effort, run.budget, run.left_out))
+        make = functools.partial(language, run, shape, weights, lengths, longest)
+        run.measure(f"Llama-1B, {case}", make, ways)
 
 
 def g2(run: Run) -> None:
@@ -236,8 +244,8 @@ def g2(run: Run) -> None:
         (f"rows of {longest}", rows, ways | losses | slow_to_compile),
     ]
     for case, lengths, those in groups[run.size(0, 1) :]:
-        subject = language(run, f"Llama-1B, compiled, {case}", shape, weights, lengths, longest)
-        run.add(measure(subject, those, run.effort, run.budget, run.left_out))
+        make = functools.partial(language, run, shape, weights, lengths, longest)
+        run.measure(f"Llama-1B, compiled, {case}", make, those)
 
 
 def g3(run: Run) -> None:
@@ -251,10 +259,8 @@ def g3(run: Run) -> None:
     }
     sizes = [(8192, 2048), (16384, 2048), (8192, 8192), (32768, 2048)]
     for tokens, length in [(64, 32), (64, 64)] if run.tiny else sizes:
-        subject = language(
-            run, f"Llama-8B, {tokens} tokens, rows of {length}", shape, weights, [length] * (tokens // length), length
-        )
-        run.add(measure(subject, ways, run.effort, run.budget, run.left_out))
+        make = functools.partial(language, run, shape, weights, [length] * (tokens // length), length)
+        run.measure(f"Llama-8B, {tokens} tokens, rows of {length}", make, ways)
     run.left_out.append({"what": "base in FP8", "why": "ticktune has no products in FP8"})
 
 
@@ -270,20 +276,19 @@ def g4(run: Run) -> None:
     for number, (rows, longest) in enumerate([(4, 16)] if run.tiny else sizes):
         for name, drawn_weights in weights.items():
             dim = run.size(32 if name == "MiniLM-L6" else 64, 8)
-            subject = encoder(run, name, drawn_weights, rows, longest, dim)
-            run.add(measure(subject, encoder_ways(dim, few=number > 0), run.effort, run.budget, run.left_out))
+            make = functools.partial(encoder, run, run.shape(name), drawn_weights, rows, longest, dim)
+            run.measure(f"{name}, {rows} rows of up to {longest}", make, encoder_ways(dim, few=number > 0))
     run.left_out.append({"what": "8 runs at once", "why": "ticktune trains one run in a process"})
 
 
-def encoder(run: Run, name: str, weights: list[Any], rows: int, longest: int, dim: int) -> Subject:
+def encoder(run: Run, shape: Shape, weights: list[Any], rows: int, longest: int, dim: int, case: str) -> Subject:
     """The same rows of many lengths in two orders: as they come, and by length."""
-    shape, task, steps = run.shape(name), Classes(), run.effort.steps
+    task, steps = Classes(), run.effort.steps
     lengths = lognormal(rows * steps, longest / 4, longest)
     examples = drawn(lengths, shape.vocabulary)
     batches: dict[str, list[Any]] = {}
     for layout in ("random", "by length"):
         batches[layout] = [[task.collate([examples[i] for i in part])] for part in divided(lengths, rows, layout)]
-    case = f"{name}, {rows} rows of up to {longest}"
     return Subject(case, shape, weights, batches, mean_length(lengths), longest, run.compute, budget_of(shape, dim))
 
 
@@ -442,7 +447,9 @@ def committed() -> dict[str, dict[str, Any]]:
 # The command
 
 
-def measured(call: str, *, tiny: bool, device: torch.device, seconds: float, path: Path | None) -> dict[str, Any]:
+def measured(
+    call: str, *, tiny: bool, device: torch.device, seconds: float, path: Path | None, only: str = ""
+) -> dict[str, Any]:
     """Makes a call.
 
     Args:
@@ -451,6 +458,10 @@ def measured(call: str, *, tiny: bool, device: torch.device, seconds: float, pat
         device: Where.
         seconds: That it may take.
         path: Where the document is written after each case; None: nowhere.
+        only: Cases with this in their names are measured, and take the place of what the document has of them.
+
+    Raises:
+        SystemExit: The document has results of another machine or of other versions.
     """
     compute = Compute(device, "bf16")
     document: dict[str, Any] = {
@@ -462,8 +473,11 @@ def measured(call: str, *, tiny: bool, device: torch.device, seconds: float, pat
         "rows": [],
         "left_out": [],
     }
+    if only and path is not None and path.exists():
+        _keep_others(document, read_json(path), only)
     effort = Effort(warm=1, turns=2, steps=1) if tiny else Effort()
-    run = Run(tiny, compute, effort, Budget(seconds), document, lambda: write_json(path, document) if path else None)
+    keep = functools.partial(write_json, path, document) if path else lambda: None
+    run = Run(tiny, compute, effort, Budget(seconds), document, keep, only)
     square = gpu_kernels.product_rate(device, 64 if tiny else 8192, effort)
     document["product_flops_per_second"] = square["flops_per_second"]
     with _layers_compiled_by("eager" if tiny and device.type == "cpu" else "inductor") as backend:
@@ -471,11 +485,23 @@ def measured(call: str, *, tiny: bool, device: torch.device, seconds: float, pat
         CALLS[call](run)
     document["warm_steps"], document["steps"] = run.effort.warm, run.effort.turns * run.effort.steps
     for row in document["rows"]:
-        if row["kind"] == "step":
+        if row["kind"] == "step" and "of_products" not in row:
             row["of_products"] = row["flops_per_second"] / document["product_flops_per_second"]
     document["seconds"] = round(run.budget.used, 1)
     run.keep()
     return document
+
+
+def _keep_others(document: dict[str, Any], before: dict[str, Any], only: str) -> None:
+    """Takes over what another document has of other cases."""
+    for name, own, other in (
+        ("machine", document["machine"]["name"], before["machine"]["name"]),
+        ("versions", document["versions"], before["versions"]),
+    ):
+        if own != other:
+            raise SystemExit(f"these results are of other {name}: {other}, now {own}; name other --results")
+    document["rows"] += [row for row in before["rows"] if only not in row["case"]]
+    document["left_out"] += [each for each in before["left_out"] if only not in each["what"]]
 
 
 @contextmanager
@@ -496,6 +522,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, with --tiny cpu")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that the call may take")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/gpu-CALL.json, with --tiny nowhere")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases of G1 to G4 with this in their names")
     parser.add_argument("--docs", action="store_true", help="measure nothing, write docs/performance.md")
     parser.add_argument("--kernel", choices=gpu_kernels.KERNELS, help="run it under a profiler; what G6 calls itself")
     arguments = parser.parse_args()
@@ -515,7 +542,14 @@ def main() -> None:
         return
     quiet_transformers()
     path = arguments.results or (None if arguments.tiny else RESULTS / f"gpu-{arguments.call}.json")
-    document = measured(arguments.call, tiny=arguments.tiny, device=device, seconds=arguments.seconds, path=path)
+    document = measured(
+        arguments.call,
+        tiny=arguments.tiny,
+        device=device,
+        seconds=arguments.seconds,
+        path=path,
+        only=arguments.only,
+    )
     sys.stdout.write(table(document) + "\n")
 
 

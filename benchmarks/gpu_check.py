@@ -1,10 +1,11 @@
 """Mixed precision on CUDA beside the CPU: MiniLM and stories260K in fp32, bf16 and fp16.
 
-    TICKTUNE_DATA=… TICKTUNE_MODELS=… python benchmarks/gpu_check.py
+    TICKTUNE_DATA=… TICKTUNE_MODELS=… python -m benchmarks.gpu_check
 
 Each of them trains the same rows with the same seed through the command line; losses and metrics are compared with
 the CPU's fp32, and every adapter is exported and verified. Writes benchmarks/results/gpu_check.json.
-Without CUDA it says so and ends with exit code 2; ``--device cpu`` tries the script itself.
+Without CUDA it says so and ends with exit code 2; ``--device cpu`` tries the script itself. ``--docs`` writes the table
+into docs/performance.md.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import page
 from ticktune.device import Compute, describe
-from ticktune.files import write_json
+from ticktune.files import read_json, write_json
 from ticktune.versions import versions
 
 ROOT = Path(__file__).parent
@@ -76,13 +78,30 @@ def ticktune(*words: str) -> dict[str, Any]:
     return document
 
 
+def table(document: dict[str, Any]) -> str:
+    """The checks as Markdown."""
+    facts, found = document["machine"], document["versions"]
+    lines = [f"{facts['name']}, torch {found['torch']}, transformers {found['transformers']}:", ""]
+    lines += ["| recipe, shortened | precision | metric | on the CPU in fp32 | on CUDA | first loss differs by | |"]
+    lines += ["|---" * 7 + "|"]
+    for check in document["checks"]:
+        numbers = f"{check['cpu_fp32']:.5g} | {check['found']:.5g} | {check['first_loss_difference']:.1g}"
+        said = "within its tolerance" if check["ok"] else "**not** within its tolerance"
+        lines.append(f"| {check['case']} | {check['precision']} | {check['metric']} | {numbers} | {said} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs all cases and says whether each is within its tolerance."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--docs", action="store_true", help="run nothing, write docs/performance.md")
     arguments = parser.parse_args()
+    if arguments.docs:
+        page.put("gpu check", table(read_json(RESULTS)))
+        return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("not run: this machine has no CUDA device\n")
         raise SystemExit(2)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks import accuracy, aims, inference, loss, page, speed, tick_tax
+from benchmarks import accuracy, aims, gpu_check, inference, loss, page, speed, tick_tax
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +62,14 @@ def test_a_merged_model_multiplies_by_its_wider_blocks_and_no_more() -> None:
         ids = inference.batch_of(config, 2, 5)
         more = inference.counted(config, 64, ids) - inference.counted(config, 0, ids)
         assert more == 2 * 5 * 3 * projections * 2 * 32 * 64
+
+
+def test_the_checks_on_a_gpu_are_told_from_the_results() -> None:
+    document = json.loads(gpu_check.RESULTS.read_text(encoding="utf-8"))
+    assert page.page_with("gpu check", gpu_check.table(document)) == _page()
+    assert {(c["case"], c["precision"]) for c in document["checks"]} == {
+        (case, precision) for case in gpu_check.CASES for precision in ("fp32", "bf16", "fp16")
+    }
 
 
 def test_the_aims_are_told_from_the_results() -> None:
