@@ -89,6 +89,7 @@ ORDER = [
     "ticktune.export.library",
     "ticktune.folder",
     "ticktune.prepare",
+    "ticktune.ways",
     "ticktune.session",
     "ticktune.rows",
     "ticktune.inspect",

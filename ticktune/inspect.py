@@ -31,7 +31,7 @@ from ticktune.quantize import merge_obstacle as quantized_obstacle
 from ticktune.quantize import saved_bytes
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.recipe.schema import Recipe
-from ticktune.session import check_prefix_cache, check_unpadded, check_wide
+from ticktune.ways import check_prefix_cache, check_unpadded, check_wide
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # A trained parameter, its gradient and AdamW's two averages, all float32.

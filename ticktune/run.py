@@ -64,17 +64,9 @@ from ticktune.recipe.schema import Recipe
 from ticktune.registry import TASKS
 from ticktune.remarks import say_bad_rows, say_report
 from ticktune.rows import drift_from_training, evaluation_rows, evidence_of, prediction_rows
-from ticktune.session import (
-    Schedule,
-    Session,
-    begin,
-    build_prefix_cache,
-    build_segments,
-    build_unpadded,
-    build_wide,
-    recipe_identity,
-)
+from ticktune.session import Schedule, Session, begin, recipe_identity
 from ticktune.signals import Signals, StopAsked, watched_signals
+from ticktune.ways import build_ways
 
 _PREDICT_BATCH = 32
 
@@ -147,15 +139,12 @@ def _train(loaded: LoadedRecipe, run: RunFolder, console: Console, signals: Sign
             "ticktune export --merge --base DIR"
         )
     _check_trainable(model)
-    segments = build_segments(prepared, model, console)
-    unpadded = build_unpadded(prepared, model)
-    cache = build_prefix_cache(prepared, model)
-    wide = build_wide(prepared, model, console)
+    ways = build_ways(prepared, model, console)
 
     if restart:  # not before: a bad row must not cost the run that it would have replaced
         _forget(run)
     begin(prepared, model, run, console)
-    Session(prepared, plan, model, run, console, signals, cache, wide, segments, unpadded).go()
+    Session(prepared, plan, model, run, console, signals, ways).go()
 
 
 def attach_as(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """One stretch of training: from the newest checkpoint, or the beginning, to the end or a stop."""
 
-import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -17,11 +16,9 @@ from ticktune.console import Console, figure, size_text
 from ticktune.data.batches import Epochs, largest_packed, largest_padded, micro_batches, packed_rows
 from ticktune.device import Compute, describe, is_out_of_memory, mix
 from ticktune.errors import (
-    BaseModelError,
     Interrupted,
     NumericsError,
     OutputError,
-    PatchError,
     Problem,
     RecipeError,
     ResourceError,
@@ -30,8 +27,8 @@ from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, set_training
-from ticktune.patch.segments import Segments, has_kernel
-from ticktune.patch.standins import Checkpointed, Compiled, Context, find_prefix, layers_of, places_of, standing_in
+from ticktune.patch.segments import Segments
+from ticktune.patch.standins import Checkpointed, Compiled, Context, layers_of, places_of, standing_in
 from ticktune.patch.unpadded import Unpadded, without_padding
 from ticktune.patch.wide import Wide
 from ticktune.prepare import Prepared
@@ -41,21 +38,19 @@ from ticktune.registry import TASKS
 from ticktune.report.card import adapter_card
 from ticktune.report.page import report_page
 from ticktune.signals import Signals, StopAsked
-from ticktune.tasks.task import Batch, Example, Task
-from ticktune.train.ffn import Trial, timed, wide_obstacle
+from ticktune.tasks.task import Batch, Task
+from ticktune.train.ffn import Trial, timed
 from ticktune.train.graphs import Graphs, in_eighths
 from ticktune.train.groups import build_optimizer, lr_factor
 from ticktune.train.head_loss import Head, ends_of, find_head, head_loss, plain_loss
 from ticktune.train.memory import Activations, measured
-from ticktune.train.packing import beginning, packed_pair, packing_obstacle
-from ticktune.train.padding import prove_unpadded
-from ticktune.train.prefix import NUMBERS, PrefixCache, refuse_dropout
+from ticktune.train.prefix import NUMBERS
 from ticktune.train.steps import StepReport, gradients_of, train_steps, try_step
 from ticktune.versions import versions
+from ticktune.ways import Ways, collated, shortest
 
 _PLAIN, _CHUNKED = "plain", "chunked"
 _MASKED, _BY_SEGMENTS = "masked", "segments"
-_PROOF_ROWS = 2
 _IDLE_STEPS = 10  # Q and U have no gradient while P is zero, in the first step
 
 
@@ -87,46 +82,6 @@ def begin(prepared: Prepared, model: nn.Module, run: RunFolder, console: Console
         _say_other_machine(run, machine(prepared), console)
     if not run.recipe_path.exists():
         run.write_recipe(prepared.loaded)
-
-
-def build_segments(prepared: Prepared, model: nn.Module, console: Console) -> Segments | str | None:
-    """Proves that a model keeps the examples of packed rows apart: by attention inside of them, or else by masks.
-
-    Args:
-        prepared: Recipe, task and examples.
-        model: With ticks.
-        console: Where to print.
-
-    Returns:
-        How it attends, or why by masks; None: rows are not packed.
-
-    Raises:
-        BaseModelError: Both proofs fail.
-    """
-    recipe, examples, compute = prepared.loaded.recipe, prepared.examples["train"], prepared.compute
-    if not recipe.training.packing:
-        return None
-    numbers = packed_pair(examples.lengths, recipe.data.max_length)
-    if numbers is None:
-        console.note("training.packing: no two examples fit into a row of data.max_length, so none is shared")
-        pair = [beginning(example, recipe.data.max_length // 2) for example in examples.take([0, len(examples) - 1])]
-    else:
-        pair = examples.take(list(numbers))
-    if recipe.training.compile and not has_kernel(compute):
-        reason: str | None = "compiled layers would have a graph for each batch"
-    else:
-        try:
-            segments, keeps_dropout = Segments(model), recipe.base.dropout == "keep"
-            reason = packing_obstacle(model, prepared.task, pair, compute, segments, base_dropout=keeps_dropout)
-        except PatchError as error:
-            reason = error.problems[0].message
-        if reason is None:
-            return segments
-    obstacle = packing_obstacle(model, prepared.task, pair, compute) if numbers is not None else None
-    if obstacle is not None:
-        where = prepared.loaded.where("training.packing")
-        raise BaseModelError(obstacle, where=where, fix="set training.packing: false")
-    return reason
 
 
 def recipe_identity(loaded: LoadedRecipe, run: RunFolder) -> dict[str, Any]:
@@ -168,151 +123,6 @@ class Schedule:
         return epoch + (step - start) / (self.epochs.end(epoch) - start)
 
 
-def build_prefix_cache(prepared: Prepared, model: nn.Module) -> PrefixCache | None:
-    """Proves that the result of the frozen lower layers can be kept; None where the recipe does not ask for it.
-
-    Raises:
-        RecipeError: It cannot.
-    """
-    recipe = prepared.loaded.recipe
-    if recipe.training.prefix_cache == "off":
-        return None
-    keeps_dropout = recipe.base.dropout == "keep"
-    with _cannot_be_kept(prepared.loaded):
-        return PrefixCache(
-            model, prepared.task, prepared.examples["train"], prepared.compute, base_dropout=keeps_dropout
-        )
-
-
-def check_prefix_cache(loaded: LoadedRecipe, model: nn.Module) -> None:
-    """Refuses what :func:`build_prefix_cache` refuses, as far as a model without weights shows it.
-
-    Raises:
-        RecipeError: No lower layers are frozen, or their dropout acts.
-    """
-    if loaded.recipe.training.prefix_cache == "off":
-        return
-    with _cannot_be_kept(loaded):
-        refuse_dropout(find_prefix(model), base_dropout=loaded.recipe.base.dropout == "keep")
-
-
-@contextmanager
-def _cannot_be_kept(loaded: LoadedRecipe) -> Iterator[None]:
-    try:
-        yield
-    except PatchError as error:
-        [problem] = error.problems
-        raise RecipeError(
-            f"hidden states of this run cannot be kept: {problem.message}",
-            where=loaded.where("training.prefix_cache"),
-            fix=problem.fix or "set training.prefix_cache: off",
-        ) from error
-
-
-def check_wide(loaded: LoadedRecipe, model: nn.Module) -> None:
-    """Refuses the wide form where a model's blocks have none; the model may be on the meta device.
-
-    Raises:
-        RecipeError: No tick can have it, and the recipe allows no other form.
-    """
-    if loaded.recipe.training.ffn == "wide":
-        try:
-            Wide(model)
-        except PatchError as error:
-            [problem] = error.problems
-            raise _not_wide(loaded, problem.message) from error
-
-
-def _not_wide(loaded: LoadedRecipe, reason: str) -> RecipeError:
-    where = loaded.where("training.ffn")
-    return RecipeError(f"ticks cannot be wide: {reason}", where=where, fix="set training.ffn: split")
-
-
-def build_wide(prepared: Prepared, model: nn.Module, console: Console) -> Wide | None:
-    """Proves that the ticks can be computed in the products of their blocks; None where the recipe does not ask for it.
-
-    Args:
-        prepared: Recipe, task and examples.
-        model: With ticks.
-        console: Where to print.
-
-    Raises:
-        RecipeError: They cannot, and no other form is allowed.
-    """
-    training, compute = prepared.loaded.recipe.training, prepared.compute
-    if training.ffn == "split":
-        return None
-    try:
-        wide = Wide(model, compute.dtype)
-        obstacle = wide_obstacle(
-            model, wide, prepared.task, compute.put(_collated(prepared, _shortest(prepared))), compute
-        )
-    except PatchError as error:
-        [problem] = error.problems
-        obstacle = problem.message
-    if obstacle is None:
-        if wide.obstacles:
-            console.note(f"training.ffn: {wide.blocks} ticks can be wide, others not: {'; '.join(wide.obstacles)}")
-        return wide
-    if training.ffn == "wide":
-        raise _not_wide(prepared.loaded, obstacle)
-    console.note(f"training.ffn: the split form is used, as {obstacle}")
-    return None
-
-
-def _shortest(prepared: Prepared) -> list[Example]:
-    """A few rows to prove something on."""
-    examples = prepared.examples["train"]
-    return examples.take(heapq.nsmallest(_PROOF_ROWS, range(len(examples)), key=examples.lengths.__getitem__))
-
-
-def _collated(prepared: Prepared, examples: Sequence[Example]) -> Batch:
-    return prepared.task.collate(examples, seed=prepared.loaded.recipe.training.seed)
-
-
-def check_unpadded(loaded: LoadedRecipe, model: nn.Module) -> None:
-    """Refuses to leave out padding where :func:`build_unpadded` does, as far as a model without weights shows it.
-
-    Raises:
-        RecipeError: It has several stacks of layers, or its attention is of a kind of its own.
-    """
-    if loaded.recipe.training.padding_free:
-        with _not_unpadded(loaded):
-            Unpadded(model)
-
-
-@contextmanager
-def _not_unpadded(loaded: LoadedRecipe) -> Iterator[None]:
-    try:
-        yield
-    except PatchError as error:
-        [problem] = error.problems
-        raise RecipeError(
-            f"padding cannot be left out: {problem.message}",
-            where=loaded.where("training.padding_free"),
-            fix=problem.fix or "set training.padding_free: false",
-        ) from error
-
-
-def build_unpadded(prepared: Prepared, model: nn.Module) -> Unpadded | None:
-    """Proves that layers compute the same without padding; None where the recipe does not ask for it.
-
-    Raises:
-        RecipeError: They do not.
-    """
-    recipe, compute, lengths = prepared.loaded.recipe, prepared.compute, prepared.examples["train"].lengths
-    if not recipe.training.padding_free:
-        return None
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    rows = [*_shortest(prepared), *prepared.examples["train"].take([longest])]
-    keeps_dropout = recipe.base.dropout == "keep"
-    with _not_unpadded(prepared.loaded):
-        unpadded = Unpadded(model)
-        batch = compute.put(without_padding(_collated(prepared, rows)))
-        prove_unpadded(model, unpadded, prepared.task, batch, compute, base_dropout=keeps_dropout)
-    return unpadded
-
-
 class Session:
     """Drives the loop: when to log, evaluate, save and stop.
 
@@ -323,10 +133,7 @@ class Session:
         run: The run's folder, locked.
         console: Where to print.
         signals: Polled between steps and in evaluations.
-        cache: Keeps the result of the frozen lower layers, from :func:`build_prefix_cache`; None: none does.
-        wide: The wide form of the ticks, from :func:`build_wide`; None: they have the split form.
-        segments: How packed rows attend, from :func:`build_segments`.
-        unpadded: Layers that run without padding, from :func:`build_unpadded`; None: they run with it.
+        ways: Of computing, that were proved.
     """
 
     def __init__(
@@ -337,10 +144,7 @@ class Session:
         run: RunFolder,
         console: Console,
         signals: Signals,
-        cache: PrefixCache | None = None,
-        wide: Wide | None = None,
-        segments: Segments | str | None = None,
-        unpadded: Unpadded | None = None,
+        ways: Ways,
     ) -> None:
         self.prepared, self.plan, self.model, self.run, self.console, self.signals = (
             prepared,
@@ -365,12 +169,12 @@ class Session:
         self.micro_batch_size = rows or len(prepared.examples["train"])  # of so many tokens: a whole batch
         self.evaluation_batch = self.recipe.evaluation.batch_size or max(32, rows or 0)
         self.loss_of = plain_loss(prepared.task)
-        self.cache = cache
-        self._wide = wide
+        self.cache = ways.cache
+        self._wide = ways.wide
         self._ffn: Context = nullcontext  # what ticks of the chosen form run in,
         self._again: Context = nullcontext  # and what they do when a layer is computed again
-        self._found_segments = segments
-        self._segments: Segments | Unpadded | None = unpadded  # by which texts attend that share a row
+        self._found_segments = ways.segments
+        self._segments: Segments | Unpadded | None = ways.unpadded  # by which texts attend that share a row
         self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
         self._places = places_of(model, self._layers)
         self._stand_ins = self._built_stand_ins()
@@ -454,7 +258,7 @@ class Session:
         if self.recipe.training.cuda_graphs:
             return f"{_PLAIN}: a CUDA graph cannot leave out positions that have no label"
         self._work = "trying the shortest rows"
-        batch = _collated(self.prepared, ends_of(_shortest(self.prepared)))
+        batch = collated(self.prepared, ends_of(shortest(self.prepared)))
         head = find_head(self.model, task, self.compute.put(batch), self.compute)
         if isinstance(head, Head):
             compiled = self.recipe.training.compile and self.compute.device.type == "cuda"
@@ -659,7 +463,7 @@ class Session:
         set_training(self.model, True, base_dropout=self.recipe.base.dropout == "keep")
         run = gradients_of(self.model, self.loss_of, self.scaler, self.compute, self._around)
         graphs = Graphs(run, self.optimizer, self.compute, unused=[NUMBERS])
-        batch = self._in_few_shapes(_collated(self.prepared, _shortest(self.prepared)))
+        batch = self._in_few_shapes(collated(self.prepared, shortest(self.prepared)))
         obstacle = graphs.obstacle(batch, max(1.0, self.prepared.task.weight(batch)))
         if obstacle is not None:
             where = self.prepared.loaded.where("training.cuda_graphs")
