@@ -80,7 +80,7 @@ def _trained(way: str, rates: dict[str, float], prepared: Prepared, epochs: int)
         set_training(model, True, base_dropout=False)
         run = gradients_of(model, plain_loss(task), scaler, compute, around)
         record = None if compute.device.type == "cuda" else run_again
-        graphs = Graphs(run, optimizer, compute, unused=[NUMBERS], record=record)
+        graphs = Graphs(run, optimizer, compute, task.collate(examples.take([0])), record=record)
     per_epoch = -(-len(examples) // BATCH)
 
     def batches() -> Iterator[list[Any]]:

@@ -285,7 +285,8 @@ class Loop:
             set_training(self.model, True, base_dropout=way.dropout)
             run = gradients_of(self.model, self._loss_of, scaler, self._compute, self._around)
             on_gpu = self._compute.device.type == "cuda"
-            graphs = Graphs(run, self._optimizer, self._compute, record=None if on_gpu else run_again)
+            record = None if on_gpu else run_again
+            graphs = Graphs(run, self._optimizer, self._compute, self._batches[0][0], record=record)
         self._steps = train_steps(
             self.model,
             [(name, p) for name, _, p in named],

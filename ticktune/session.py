@@ -20,7 +20,6 @@ from ticktune.errors import (
     NumericsError,
     OutputError,
     Problem,
-    RecipeError,
     ResourceError,
 )
 from ticktune.evaluate import is_better, score
@@ -47,7 +46,7 @@ from ticktune.train.memory import Activations, measured
 from ticktune.train.prefix import NUMBERS
 from ticktune.train.steps import StepReport, gradients_of, train_steps, try_step
 from ticktune.versions import versions
-from ticktune.ways import Ways, collated, shortest
+from ticktune.ways import Ways, collated, prove_graphs, shortest
 
 _PLAIN, _CHUNKED = "plain", "chunked"
 _MASKED, _BY_SEGMENTS = "masked", "segments"
@@ -178,6 +177,7 @@ class Session:
         self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
         self._places = places_of(model, self._layers)
         self._stand_ins = self._built_stand_ins()
+        self._longest = max(prepared.examples["train"].lengths)
         self._activations: Activations | None = None  # of the longest rows
         self._work = "starting"  # what is being done, for messages
         self._batch: Sequence[int] = ()
@@ -449,27 +449,22 @@ class Session:
 
     def _in_few_shapes(self, batch: Batch) -> Batch:
         filler = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        return in_eighths(batch, self.recipe.data.max_length, filler or 0)
+        return in_eighths(batch, self._longest, filler or 0)
 
     def _built_graphs(self) -> Graphs | None:
-        """Proves that gradients can come from CUDA graphs; None where the recipe does not ask for it.
+        """Lets gradients come from CUDA graphs; None where the recipe does not ask for it.
 
         Raises:
-            RecipeError: They cannot.
+            RecipeError: They cannot in this run's form and with its compiled layers.
         """
         if not self.recipe.training.cuda_graphs:
             return None
         self._work = "recording the shortest rows"
         set_training(self.model, True, base_dropout=self.recipe.base.dropout == "keep")
         run = gradients_of(self.model, self.loss_of, self.scaler, self.compute, self._around)
-        graphs = Graphs(run, self.optimizer, self.compute, unused=[NUMBERS])
         batch = self._in_few_shapes(collated(self.prepared, shortest(self.prepared)))
-        obstacle = graphs.obstacle(batch, max(1.0, self.prepared.task.weight(batch)))
-        if obstacle is not None:
-            where = self.prepared.loaded.where("training.cuda_graphs")
-            raise RecipeError(
-                f"steps cannot be CUDA graphs: {obstacle}", where=where, fix="set training.cuda_graphs: false"
-            )
+        graphs = Graphs(run, self.optimizer, self.compute, batch)
+        prove_graphs(self.prepared, graphs, batch)
         return graphs
 
     def _described(self, numbers: Sequence[int]) -> str:

@@ -5,13 +5,14 @@ What a model without weights shows is refused by the functions named ``check_…
 
 import heapq
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
 
 from ticktune.console import Console
 from ticktune.errors import BaseModelError, PatchError, RecipeError
+from ticktune.patch.attach import adapter_parameters, set_training
 from ticktune.patch.segments import Segments, has_kernel
 from ticktune.patch.standins import find_prefix
 from ticktune.patch.unpadded import Unpadded, without_padding
@@ -20,9 +21,13 @@ from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.tasks.task import Batch, Example
 from ticktune.train.ffn import wide_obstacle
+from ticktune.train.graphs import Graphs
+from ticktune.train.groups import build_optimizer
+from ticktune.train.head_loss import plain_loss
 from ticktune.train.packing import beginning, packed_pair, packing_obstacle
 from ticktune.train.padding import prove_unpadded
 from ticktune.train.prefix import PrefixCache, refuse_dropout
+from ticktune.train.steps import gradients_of
 
 _PROOF_ROWS = 2
 
@@ -57,6 +62,7 @@ def build_ways(prepared: Prepared, model: nn.Module, console: Console) -> Ways:
         RecipeError: Another way is not possible, and the recipe allows no other.
     """
     segments, unpadded = _segments(prepared, model, console), _unpadded(prepared, model)
+    _try_graphs(prepared, model)
     return Ways(_prefix_cache(prepared, model), _wide(prepared, model, console), segments, unpadded)
 
 
@@ -129,16 +135,18 @@ def check_prefix_cache(loaded: LoadedRecipe, model: nn.Module) -> None:
 
 
 @contextmanager
-def _cannot_be_kept(loaded: LoadedRecipe) -> Iterator[None]:
+def _refusing(loaded: LoadedRecipe, key: str, what: str, without: str) -> Iterator[None]:
+    """Says of a :class:`PatchError` which key asked for it, and what to set instead."""
     try:
         yield
     except PatchError as error:
         [problem] = error.problems
-        raise RecipeError(
-            f"hidden states of this run cannot be kept: {problem.message}",
-            where=loaded.where("training.prefix_cache"),
-            fix=problem.fix or "set training.prefix_cache: off",
-        ) from error
+        fix = problem.fix or f"set {key}: {without}"
+        raise RecipeError(f"{what}: {problem.message}", where=loaded.where(key), fix=fix) from error
+
+
+def _cannot_be_kept(loaded: LoadedRecipe) -> AbstractContextManager[None]:
+    return _refusing(loaded, "training.prefix_cache", "hidden states of this run cannot be kept", "off")
 
 
 def check_wide(loaded: LoadedRecipe, model: nn.Module) -> None:
@@ -214,17 +222,8 @@ def check_unpadded(loaded: LoadedRecipe, model: nn.Module) -> None:
             Unpadded(model)
 
 
-@contextmanager
-def _not_unpadded(loaded: LoadedRecipe) -> Iterator[None]:
-    try:
-        yield
-    except PatchError as error:
-        [problem] = error.problems
-        raise RecipeError(
-            f"padding cannot be left out: {problem.message}",
-            where=loaded.where("training.padding_free"),
-            fix=problem.fix or "set training.padding_free: false",
-        ) from error
+def _not_unpadded(loaded: LoadedRecipe) -> AbstractContextManager[None]:
+    return _refusing(loaded, "training.padding_free", "padding cannot be left out", "false")
 
 
 def _unpadded(prepared: Prepared, model: nn.Module) -> Unpadded | None:
@@ -244,3 +243,35 @@ def _unpadded(prepared: Prepared, model: nn.Module) -> Unpadded | None:
         batch = compute.put(without_padding(collated(prepared, rows)))
         prove_unpadded(model, unpadded, prepared.task, batch, compute, base_dropout=keeps_dropout)
     return unpadded
+
+
+def _try_graphs(prepared: Prepared, model: nn.Module) -> None:
+    """Proves that steps of this task and model can be CUDA graphs, before anything is written.
+
+    Raises:
+        RecipeError: They cannot.
+    """
+    recipe, compute = prepared.loaded.recipe, prepared.compute
+    if not recipe.training.cuda_graphs:
+        return
+    set_training(model, True, base_dropout=recipe.base.dropout == "keep")
+    run = gradients_of(model, plain_loss(prepared.task), compute.scaler(), compute, nullcontext)
+    optimizer, batch = (
+        build_optimizer(adapter_parameters(model), recipe.optimizer),
+        collated(prepared, shortest(prepared)),
+    )
+    prove_graphs(prepared, Graphs(run, optimizer, compute, batch), batch)
+    for _, _, parameter in adapter_parameters(model):
+        parameter.grad = None
+
+
+def prove_graphs(prepared: Prepared, graphs: Graphs, batch: Batch) -> None:
+    """Refuses graphs whose gradients of a batch are not those without.
+
+    Raises:
+        RecipeError: They are not, or the batch cannot be recorded.
+    """
+    obstacle = graphs.obstacle(batch, max(1.0, prepared.task.weight(batch)))
+    if obstacle is not None:
+        where = prepared.loaded.where("training.cuda_graphs")
+        raise RecipeError(obstacle, where=where, fix="set training.cuda_graphs: false")

@@ -183,7 +183,7 @@ def accepted(folder: Path, text: str) -> Recipe:
                 Problem(f"with training.{key}, {why}", "r.yaml:5:12 training.cuda_graphs", "switch one of them off"),
             )
             for key, value, why in (
-                ("packing", "true", "packed rows have positions without a label, which a graph cannot leave out"),
+                ("packing", "true", "where the examples of a row end is read on the CPU"),
                 ("prefix_cache", "disk", "what is kept of a row is read by its number"),
                 (
                     "gradient_checkpointing",

@@ -4,18 +4,21 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.training import CPU, Work, causal_lm, classification, optimizer_of, same, snapshot, steps
 from ticktune.checkpoint import Progress, restore_checkpoint, save_checkpoint
 from ticktune.device import Compute
+from ticktune.errors import RecipeError
 from ticktune.patch.attach import attach, set_training
 from ticktune.tasks.task import IGNORED
 from ticktune.train import graphs as graphs_module
-from ticktune.train.graphs import Graphs, flattened, in_eighths
+from ticktune.train.graphs import Graphs, flatten, in_eighths
 from ticktune.train.head_loss import plain_loss
 from ticktune.train.steps import gradients_of
 
@@ -23,7 +26,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs 
 
 
 class Recorder:
-    """Records a computation as a CUDA graph does: it reads the same tensors again, and writes to the same place."""
+    """Records the operations of a computation and no Python, as a CUDA graph does; transformers is told so."""
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -32,11 +35,14 @@ class Recorder:
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         self.recorded += 1
         run()  # to warm up: its gradients must not count
-        loss = run().clone()
+        with mock.patch("transformers.utils.import_utils.is_cuda_stream_capturing", return_value=True):
+            recorded = make_fx(lambda: run(), tracing_mode="real")()
+        loss = torch.zeros(())
 
         def replay() -> None:
             self.replayed += 1
-            loss.copy_(run())
+            with torch.no_grad():
+                loss.copy_(recorded())
 
         return replay, loss
 
@@ -54,7 +60,7 @@ def _graphs(
     set_training(work.model, True)
     scaler = scaler or compute.scaler()
     run = gradients_of(work.model, plain_loss(work.task), scaler, compute, nullcontext)
-    return Graphs(run, optimizer, compute, **options)
+    return Graphs(run, optimizer, compute, work.batches(4)[0][0], **options)
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens"])
@@ -118,7 +124,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tiny_bert: Path, tmp_path: 
 def test_more_shapes_than_there_may_be_graphs_are_computed_without(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs_module, "MOST", 1)
+    monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 1)
     work = _work(tiny_bert)
     optimizer, recorder = optimizer_of(work.model), Recorder()
     batches = work.batches(4)
@@ -133,14 +139,72 @@ def test_more_shapes_than_there_may_be_graphs_are_computed_without(
 
 def test_the_proof_leaves_no_gradient_and_no_random_number_behind(tiny_bert: Path) -> None:
     work = _work(tiny_bert)
-    graphs = _graphs(work, optimizer_of(work.model), record=Recorder(), unused=["numbers"])
+    graphs = _graphs(work, optimizer_of(work.model), record=Recorder())
+    trained = snapshot(work.model)
     torch.manual_seed(9)
     before = torch.random.get_rng_state()
     batch = work.batches(4)[0][0]
     assert graphs.obstacle(batch | {"numbers": [1, 2]}, 4.0) is None
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not any(p.grad.any() for p in graphs.parameters if p.grad is not None)
-    assert graphs.obstacle(batch | {"boxes": [[1, 2]]}, 4.0) == "its batches hold more than tensors: boxes"
+    assert same(snapshot(work.model), trained)
+
+
+def test_what_a_loss_reads_that_is_no_tensor_is_named(tiny_bert: Path) -> None:
+    work = _work(tiny_bert)
+    graphs, loss = _graphs(work, optimizer_of(work.model), record=Recorder()), plain_loss(work.task)
+    graphs._run = gradients_of(
+        work.model, lambda model, batch: loss(model, batch) * len(batch["boxes"]), CPU.scaler(), CPU, nullcontext
+    )
+    found = graphs.obstacle(work.batches(4)[0][0] | {"boxes": [[1, 2]]}, 4.0)
+    assert found == "a step cannot be recorded as a CUDA graph: its loss reads 'boxes', which is no tensor"
+
+
+@pytest.mark.parametrize("role", ["Q", "r", "P", "norm", "head"])
+def test_a_replay_that_forgets_the_gradients_of_one_role_is_noticed(role: str, tiny_bert: Path) -> None:
+    """Also those of Q and r, which are zero while P is, and those that are small beside the head's."""
+    work = _work(tiny_bert)
+    optimizer = optimizer_of(work.model)
+
+    def forgetful(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        replay, loss = Recorder()(run)
+
+        def forgets() -> None:
+            replay()
+            for group in graphs.optimizer.param_groups:
+                if group["role"] == role:
+                    group["params"][0].grad.zero_()
+
+        return forgets, loss
+
+    graphs = _graphs(work, optimizer, record=forgetful)
+    assert {group["role"] for group in graphs.optimizer.param_groups} >= {"Q", "r", "P", "norm", "head"}
+    assert graphs.obstacle(work.batches(4)[0][0], 4.0) == "a replayed step has other gradients"
+
+
+def test_what_has_no_gradient_is_not_decayed(tiny_bert: Path) -> None:
+    work = _work(tiny_bert)
+    work.model.unused = nn.Parameter(torch.ones(3, 2))
+    optimizer = optimizer_of(work.model, lr=0.1, weight_decay=0.5)
+    optimizer.param_groups[0]["params"].append(work.model.unused)
+    list(steps(work, work.batches(8), optimizer, graphs=_graphs(work, optimizer, record=Recorder())))
+    assert torch.equal(work.model.unused, torch.ones(3, 2))
+    assert work.model.unused not in optimizer.state
+
+
+def test_a_later_shape_that_cannot_be_recorded_is_an_error_for_people(tiny_bert: Path) -> None:
+    work = _work(tiny_bert)
+    recorder = Recorder()
+
+    def once(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        if recorder.recorded == 3:  # a shape, the norm and the step
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return recorder(run)
+
+    optimizer = optimizer_of(work.model)
+    with pytest.raises(RecipeError, match="cannot be recorded as a CUDA graph: operation not permitted") as caught:
+        list(steps(work, work.batches(4), optimizer, graphs=_graphs(work, optimizer, record=once)))
+    assert caught.value.problems[0].fix == "set training.cuda_graphs: false"
 
 
 def test_what_is_replayed_with_other_gradients_is_refused(tiny_bert: Path) -> None:
@@ -157,8 +221,33 @@ def test_what_is_replayed_with_other_gradients_is_refused(tiny_bert: Path) -> No
 
     graphs = _graphs(work, optimizer_of(work.model), record=broken)
     assert graphs.obstacle(work.batches(4)[0][0], 4.0) == (
-        "the model cannot be recorded: operation not permitted when stream is capturing"
+        "a step cannot be recorded as a CUDA graph: operation not permitted when stream is capturing"
     )
+
+
+def test_what_is_left_out_at_random_is_noticed(tiny_bert: Path) -> None:
+    """By a choice that Python makes, as layer drop does: a record keeps that of one seed."""
+    work = _work(tiny_bert)
+
+    def halved(module: nn.Module, args: Any, output: Any) -> None:
+        if torch.initial_seed() % 2:
+            output.logits = output.logits * 0.5
+
+    work.model.register_forward_hook(halved)
+    graphs = _graphs(work, optimizer_of(work.model), record=Recorder())
+    assert graphs.obstacle(work.batches(4)[0][0], 4.0) == "a replayed step has other gradients"
+
+
+def test_the_proof_holds_where_fp16_overflows(tiny_bert: Path) -> None:
+    work = _work(tiny_bert)
+    scaler, batch = torch.amp.GradScaler("cpu", init_scale=2.0**127), work.batches(24)[0][0]
+    graphs = _graphs(work, optimizer_of(work.model), scaler=scaler, record=Recorder())
+    graphs.backward(batch, 0.6, 0)
+    finite = torch.cat([p.grad.isfinite() for p in graphs.parameters if p.grad is not None])
+    assert finite.any()
+    assert not finite.all()
+    graphs._zero()
+    assert graphs.obstacle(batch, 0.6) is None
 
 
 def test_flat_adamw_takes_over_moments_and_steps() -> None:
@@ -172,9 +261,7 @@ def test_flat_adamw_takes_over_moments_and_steps() -> None:
                 p.grad = g.clone() if p.grad is None else p.grad.copy_(g)
         plain.step()
         if number == 2:
-            for p in parameters:
-                p.grad = None
-            own = flattened(own)
+            own = flatten(own)
             for p, g in zip(parameters, slope, strict=True):
                 assert p.grad is not None
                 p.grad.copy_(g)
@@ -238,4 +325,13 @@ def test_a_forward_pass_that_waits_for_the_device_is_refused(tiny_bert: Path) ->
     graphs = _graphs(work, optimizer_of(work.model), compute)
     obstacle = graphs.obstacle(work.batches(4)[0][0], 4.0)
     assert obstacle is not None
-    assert obstacle.startswith("the model cannot be recorded: ")
+    assert obstacle.startswith("a step cannot be recorded as a CUDA graph: ")
+
+
+@needs_cuda
+def test_numbers_that_are_drawn_on_the_cpu_are_noticed(tiny_bert: Path) -> None:
+    work = _work(tiny_bert)
+    work.model.to("cuda")
+    work.model.register_forward_hook(lambda module, args, output: torch.rand([]).item() and None)
+    graphs = _graphs(work, optimizer_of(work.model), Compute(torch.device("cuda"), "bf16"))
+    assert "draws random numbers on the CPU" in str(graphs.obstacle(work.batches(4)[0][0], 4.0))

@@ -91,21 +91,34 @@ class Compiled(StandIn):
             RecipeError: It cannot be compiled.
         """
         values, named = without_cache(args, kwargs)
-        try:
-            # A tick is two hooks, at which torch does not look by default when it chooses a graph: a layer with a tick
-            # would run the graph of one without, and the tick would not be trained (torch 2.13, _dynamo/config.py).
-            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-                return self._run[0](*values, **named)
-        except RuntimeError as error:
-            from torch._dynamo.exc import TorchDynamoException  # takes a second
+        # A tick is two hooks, at which torch does not look by default when it chooses a graph: a layer with a tick
+        # would run the graph of one without, and the tick would not be trained (torch 2.13, _dynamo/config.py).
+        with (
+            compiling(f"a {type(self._layer[0]).__name__}"),
+            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
+        ):
+            return self._run[0](*values, **named)
 
-            if not isinstance(error, TorchDynamoException):
-                raise
-            raise RecipeError(
-                f"a {type(self._layer[0]).__name__} cannot be compiled: {first_line(error)}",
-                where="training.compile",
-                fix="set training.compile: false",
-            ) from error
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Says which key asked for it where torch cannot compile something.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # takes a second
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        raise RecipeError(
+            f"{what} cannot be compiled: {first_line(error)}",
+            where="training.compile",
+            fix="set training.compile: false",
+        ) from error
 
 
 class Passed(StandIn):

@@ -156,7 +156,7 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
     if recipe.ticks.dim == 0 and recipe.norms.train == "none" and recipe.head.train is False:
         wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
     for key, why in (
-        ("packing", "packed rows have positions without a label, which a graph cannot leave out"),
+        ("packing", "where the examples of a row end is read on the CPU"),
         ("padding_free", "every batch has a shape of its own"),
         ("prefix_cache", "what is kept of a row is read by its number"),
         ("gradient_checkpointing", "a layer that is computed again reads the state of a random generator"),

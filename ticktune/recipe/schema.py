@@ -403,8 +403,9 @@ class Training(Section):
     more at the start. Losses differ by rounding."""
     cuda_graphs: bool = False
     """Record the kernels of a step once for each shape of batch, and start them with one call: steps of a small model
-    are several times faster. Rows are padded to one of eight lengths, so that shapes are few; losses differ by
-    rounding. It needs a CUDA device."""
+    are several times faster. Texts are padded to one of eight lengths, so that shapes are few; with `base.dropout: off`
+    losses differ by rounding, else dropout draws other numbers. It needs a CUDA device. Tasks whose loss reads what is
+    no tensor, and models that wait for the device or draw numbers on the CPU, are refused."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the initial values, the row order and dropout."""
     fast: bool = True
