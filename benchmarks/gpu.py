@@ -384,13 +384,22 @@ def table(document: dict[str, Any]) -> str:
         rows = [row for row in document["rows"] if row["kind"] == kind]
         if rows:
             lines = ["| " + " | ".join(heading for heading, _ in columns.values()) + " |", "|---" * len(columns) + "|"]
-            for row in rows:
+            for row in map(functools.partial(_beside_its_limit, rows), rows):
                 cells = [form(row[name]) if row.get(name) is not None else "-" for name, (_, form) in columns.items()]
                 lines.append(f"| {' | '.join(cells)} |")
             parts.append("\n".join(lines))
     if document["left_out"]:
         parts.append("\n".join(_left_out(document["left_out"])))
     return "\n\n".join(parts)
+
+
+def _beside_its_limit(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose tax is over norms alone by CUDA graphs too, where it has such; without a tax where these are not."""
+    if "CUDA graphs" not in row["way"] or "tokens_per_second" not in row:
+        return row
+    limits = [r for r in rows if (r["case"], r["way"]) == (row["case"], f"{REFERENCE}, CUDA graphs") and r is not row]
+    tax = [1 - row["tokens_per_second"] / limit["tokens_per_second"] for limit in limits]
+    return {**row, "tax": tax[0] if tax else None}
 
 
 def _left_out(entries: Sequence[dict[str, str]]) -> Iterator[str]:

@@ -136,6 +136,22 @@ def check_compiler(device: torch.device, where: str) -> None:
         )
 
 
+def check_graphs(device: torch.device, where: str) -> None:
+    """Refuses CUDA graphs on another device.
+
+    Args:
+        device: Where the model runs.
+        where: What asks for them.
+
+    Raises:
+        RecipeError: It is no CUDA device.
+    """
+    if device.type != "cuda":
+        raise RecipeError(
+            f"CUDA graphs need a CUDA device, found {device}", where=where, fix="set training.cuda_graphs: false"
+        )
+
+
 def mix(*numbers: int | str) -> int:
     """A 63-bit seed from several numbers: a pure function, so nothing has to be stored to resume."""
     text = ":".join(str(number) for number in numbers)

@@ -30,7 +30,7 @@ from ticktune.data.audit import audit
 from ticktune.data.batches import split_rows
 from ticktune.data.encode import Encoded, encode_rows, processor_identity
 from ticktune.data.read import BadRows, Rows, read_rows
-from ticktune.device import Compute, check_compiler, choose_compute
+from ticktune.device import Compute, check_compiler, check_graphs, choose_compute
 from ticktune.errors import BaseModelError, CheckpointError, DataError, Problem, RecipeError, UsageError, first_line
 from ticktune.export.save import FACTS as MERGED_FACTS
 from ticktune.files import read_json, verify_directory
@@ -101,12 +101,8 @@ def prepare(loaded: LoadedRecipe, console: Console, poll: Poll = _no_poll) -> Pr
     check_possible(recipe.base.quantize, compute.device)
     if recipe.training.compile:
         check_compiler(compute.device, loaded.where("training.compile"))
-    if recipe.training.cuda_graphs and compute.device.type != "cuda":
-        raise RecipeError(
-            f"CUDA graphs need a CUDA device, found {compute.device}",
-            where=loaded.where("training.cuda_graphs"),
-            fix="set training.cuda_graphs: false",
-        )
+    if recipe.training.cuda_graphs:
+        check_graphs(compute.device, loaded.where("training.cuda_graphs"))
     if recipe.training.padding_free and recipe.training.compile and not has_kernel(compute):
         raise RecipeError(
             "without padding, compiled layers would have a graph for each batch here",

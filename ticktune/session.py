@@ -46,7 +46,7 @@ from ticktune.train.memory import Activations, measured
 from ticktune.train.prefix import NUMBERS
 from ticktune.train.steps import StepReport, gradients_of, train_steps, try_step
 from ticktune.versions import versions
-from ticktune.ways import Ways, collated, prove_graphs, shortest
+from ticktune.ways import Ways, collated, filler_of, prove_graphs, shortest
 
 _PLAIN, _CHUNKED = "plain", "chunked"
 _MASKED, _BY_SEGMENTS = "masked", "segments"
@@ -448,8 +448,7 @@ class Session:
         return task.pack([[examples[i] for i in row] for row in rows])
 
     def _in_few_shapes(self, batch: Batch) -> Batch:
-        filler = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        return in_eighths(batch, self._longest, filler or 0)
+        return in_eighths(batch, self._longest, filler_of(self.model))
 
     def _built_graphs(self) -> Graphs | None:
         """Lets gradients come from CUDA graphs; None where the recipe does not ask for it.

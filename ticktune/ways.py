@@ -7,7 +7,9 @@ import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from ticktune.console import Console
@@ -21,11 +23,11 @@ from ticktune.prepare import Prepared
 from ticktune.recipe.load import LoadedRecipe
 from ticktune.tasks.task import Batch, Example
 from ticktune.train.ffn import wide_obstacle
-from ticktune.train.graphs import Graphs
+from ticktune.train.graphs import Graphs, in_eighths
 from ticktune.train.groups import build_optimizer
 from ticktune.train.head_loss import plain_loss
 from ticktune.train.packing import beginning, packed_pair, packing_obstacle
-from ticktune.train.padding import prove_unpadded
+from ticktune.train.padding import padding_obstacle, prove_unpadded
 from ticktune.train.prefix import PrefixCache, refuse_dropout
 from ticktune.train.steps import gradients_of
 
@@ -254,15 +256,25 @@ def _try_graphs(prepared: Prepared, model: nn.Module) -> None:
     recipe, compute = prepared.loaded.recipe, prepared.compute
     if not recipe.training.cuda_graphs:
         return
+    batch = collated(prepared, shortest(prepared))
+    wider = in_eighths(batch, max(prepared.examples["train"].lengths), filler_of(model))
+    obstacle = padding_obstacle(model, prepared.task, batch, wider, compute)
+    if obstacle is not None:
+        raise _no_graphs(prepared.loaded, obstacle)
     set_training(model, True, base_dropout=recipe.base.dropout == "keep")
-    run = gradients_of(model, plain_loss(prepared.task), compute.scaler(), compute, nullcontext)
-    optimizer, batch = (
-        build_optimizer(adapter_parameters(model), recipe.optimizer),
-        collated(prepared, shortest(prepared)),
-    )
-    prove_graphs(prepared, Graphs(run, optimizer, compute, batch), batch)
+    scaler = torch.amp.GradScaler(enabled=False)  # so that nothing overflows that need not
+    run = gradients_of(model, plain_loss(prepared.task), scaler, compute, nullcontext)
+    optimizer = build_optimizer(adapter_parameters(model), recipe.optimizer)
+    prove_graphs(prepared, Graphs(run, optimizer, compute, wider), wider)
     for _, _, parameter in adapter_parameters(model):
         parameter.grad = None
+
+
+def filler_of(model: nn.Module) -> int:
+    """Id of the token that fills texts up, as the model's config has it."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "pad_token_id", None) or 0
 
 
 def prove_graphs(prepared: Prepared, graphs: Graphs, batch: Batch) -> None:
@@ -273,5 +285,8 @@ def prove_graphs(prepared: Prepared, graphs: Graphs, batch: Batch) -> None:
     """
     obstacle = graphs.obstacle(batch, max(1.0, prepared.task.weight(batch)))
     if obstacle is not None:
-        where = prepared.loaded.where("training.cuda_graphs")
-        raise RecipeError(obstacle, where=where, fix="set training.cuda_graphs: false")
+        raise _no_graphs(prepared.loaded, obstacle)
+
+
+def _no_graphs(loaded: LoadedRecipe, reason: str) -> RecipeError:
+    return RecipeError(reason, where=loaded.where("training.cuda_graphs"), fix="set training.cuda_graphs: false")

@@ -180,9 +180,14 @@ def accepted(folder: Path, text: str) -> Recipe:
             (
                 HEAD.replace("text-classification", "causal-lm")
                 + f"data: {{train: a}}\nticks: {{layers: last:1}}\ntraining: {{cuda_graphs: true, {key}: {value}}}\n",
-                Problem(f"with training.{key}, {why}", "r.yaml:5:12 training.cuda_graphs", "switch one of them off"),
+                Problem(
+                    f"with training.{key.rpartition(' ')[2]}, {why}",
+                    "r.yaml:5:12 training.cuda_graphs",
+                    "switch one of them off",
+                ),
             )
             for key, value, why in (
+                ("batch_size: null, batch_tokens", "512", "every batch has a shape of its own"),
                 ("packing", "true", "where the examples of a row end is read on the CPU"),
                 ("prefix_cache", "disk", "what is kept of a row is read by its number"),
                 (
@@ -191,6 +196,14 @@ def accepted(folder: Path, text: str) -> Recipe:
                     "a layer that is computed again reads the state of a random generator",
                 ),
             )
+        ),
+        (
+            HEAD + "data: {train: a}\ntraining: {cuda_graphs: true, ffn: auto}\n",
+            Problem(
+                "with training.ffn auto, its trial would time steps that are not recorded",
+                "r.yaml:4:12 training.cuda_graphs",
+                "set training.ffn: split, or wide",
+            ),
         ),
         (
             HEAD + "data: {train: a}\nevaluation: {metric: acuracy}\n",

@@ -20,6 +20,7 @@ from ticktune.tasks.task import IGNORED
 from ticktune.train import graphs as graphs_module
 from ticktune.train.graphs import Graphs, flatten, in_eighths
 from ticktune.train.head_loss import plain_loss
+from ticktune.train.padding import padding_obstacle
 from ticktune.train.steps import gradients_of
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a CUDA device")
@@ -152,12 +153,34 @@ def test_the_proof_leaves_no_gradient_and_no_random_number_behind(tiny_bert: Pat
 
 def test_what_a_loss_reads_that_is_no_tensor_is_named(tiny_bert: Path) -> None:
     work = _work(tiny_bert)
-    graphs, loss = _graphs(work, optimizer_of(work.model), record=Recorder()), plain_loss(work.task)
-    graphs._run = gradients_of(
+    loss, batch = plain_loss(work.task), work.batches(4)[0][0] | {"boxes": [[1, 2]], "texts": ["a"]}
+    run = gradients_of(
         work.model, lambda model, batch: loss(model, batch) * len(batch["boxes"]), CPU.scaler(), CPU, nullcontext
     )
-    found = graphs.obstacle(work.batches(4)[0][0] | {"boxes": [[1, 2]]}, 4.0)
-    assert found == "a step cannot be recorded as a CUDA graph: its loss reads 'boxes', which is no tensor"
+    found = Graphs(run, optimizer_of(work.model), CPU, batch, record=Recorder()).obstacle(batch, 4.0)
+    assert found == "a step cannot be recorded as a CUDA graph: its loss reads what is no tensor: boxes"
+
+
+def test_what_a_loss_does_not_read_makes_no_new_shape(tiny_bert: Path) -> None:
+    work = _work(tiny_bert)
+    graphs, batch = _graphs(work, optimizer_of(work.model), record=Recorder()), work.batches(4)[0][0]
+    for length in (1, 2, 3):
+        graphs.backward(batch | {"prior": torch.ones(4, length), "texts": ["a"]}, 4.0, 0)
+    assert graphs.shapes == 1
+
+
+@pytest.mark.parametrize("baked", ["number", "weight"])
+def test_what_a_record_keeps_of_a_batch_is_noticed(baked: str, tiny_bert: Path) -> None:
+    work = _work(tiny_bert)
+    plain = gradients_of(work.model, plain_loss(work.task), CPU.scaler(), CPU, nullcontext)
+
+    def run(batch: Any, weight: Any) -> Tensor:
+        kept = float(batch["input_ids"][0, 1]) if baked == "number" else float(weight)
+        return plain(batch, weight * kept if baked == "number" else kept)
+
+    batch = work.batches(4)[0][0]
+    graphs = Graphs(run, optimizer_of(work.model), CPU, batch, record=Recorder())
+    assert graphs.obstacle(batch, 4.0) is not None
 
 
 @pytest.mark.parametrize("role", ["Q", "r", "P", "norm", "head"])
@@ -204,7 +227,7 @@ def test_a_later_shape_that_cannot_be_recorded_is_an_error_for_people(tiny_bert:
     optimizer = optimizer_of(work.model)
     with pytest.raises(RecipeError, match="cannot be recorded as a CUDA graph: operation not permitted") as caught:
         list(steps(work, work.batches(4), optimizer, graphs=_graphs(work, optimizer, record=once)))
-    assert caught.value.problems[0].fix == "set training.cuda_graphs: false"
+    assert caught.value.problems[0].fix.startswith("set training.cuda_graphs: false; ")
 
 
 def test_what_is_replayed_with_other_gradients_is_refused(tiny_bert: Path) -> None:
@@ -286,9 +309,10 @@ def test_rows_are_padded_to_eighths_of_the_longest(length: int, padded: int) -> 
         assert found[name][:, :length].eq(1).all()
 
 
-def test_a_batch_that_cannot_be_padded_is_as_it_was() -> None:
-    batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3), "boxes": torch.ones(2, 4)}
-    assert in_eighths(batch, 64, 0) is batch
+def test_what_is_no_text_is_not_padded() -> None:
+    batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3), "labels": torch.ones(2, 4)}
+    found = in_eighths(batch, 64, 0)
+    assert (found["input_ids"].shape, found["labels"].shape) == ((2, 8), (2, 4))
     assert in_eighths({"pixel_values": torch.ones(2, 3, 4, 4)}, 64, 0).keys() == {"pixel_values"}
 
 
@@ -335,3 +359,24 @@ def test_numbers_that_are_drawn_on_the_cpu_are_noticed(tiny_bert: Path) -> None:
     work.model.register_forward_hook(lambda module, args, output: torch.rand([]).item() and None)
     graphs = _graphs(work, optimizer_of(work.model), Compute(torch.device("cuda"), "bf16"))
     assert "draws random numbers on the CPU" in str(graphs.obstacle(work.batches(4)[0][0], 4.0))
+
+
+@pytest.mark.parametrize("family", ["bert", "convbert"])
+def test_more_padding_is_refused_where_it_changes_the_loss(family: str, tiny_bert: Path) -> None:
+    """ConvBERT's convolutions and its head look at padding too."""
+    import transformers as t
+
+    work = classification(tiny_bert)
+    if family == "convbert":
+        torch.manual_seed(1)
+        work.model = t.ConvBertForSequenceClassification(
+            t.ConvBertConfig(
+                vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+            )
+        )
+        with torch.no_grad():
+            for parameter in work.model.parameters():
+                parameter.mul_(5 if parameter.dim() == 2 else 1)
+    batch = work.batches(4)[0][0]
+    found = padding_obstacle(work.model, work.task, batch, in_eighths(batch, 512, 0), CPU)
+    assert (found is None) == (family == "bert"), found

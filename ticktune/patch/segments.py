@@ -115,7 +115,7 @@ def layer_keywords(lengths: Sequence[int], device: torch.device) -> dict[str, An
         few of them.
     """
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-    longest = 1 << (max(lengths) - 1).bit_length()
+    longest = 1 << (max(lengths, default=1) - 1).bit_length()
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 

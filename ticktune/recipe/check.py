@@ -156,6 +156,7 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
     if recipe.ticks.dim == 0 and recipe.norms.train == "none" and recipe.head.train is False:
         wrong("ticks.dim", "nothing would be trained: no ticks, no norms, no head")
     for key, why in (
+        ("batch_tokens", "every batch has a shape of its own"),
         ("packing", "where the examples of a row end is read on the CPU"),
         ("padding_free", "every batch has a shape of its own"),
         ("prefix_cache", "what is kept of a row is read by its number"),
@@ -163,6 +164,9 @@ def _check_training(recipe: Recipe, row: TaskRow, wrong: Callable[..., None]) ->
     ):
         if training.cuda_graphs and getattr(training, key) != type(training).model_fields[key].default:
             wrong("training.cuda_graphs", f"with training.{key}, {why}", "switch one of them off")
+    if training.cuda_graphs and training.ffn == "auto":
+        why = "with training.ffn auto, its trial would time steps that are not recorded"
+        wrong("training.cuda_graphs", why, "set training.ffn: split, or wide")
     if training.prefix_cache != "off":
         if training.packing:
             fix = "switch one of them off"

@@ -7,6 +7,7 @@ optimizer step is a few kernels too.
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -58,8 +59,10 @@ class Graphs:
         self._run = run
         self._compute = compute
         self._record = record or _in_one_pool(compute.device)
+        watched = _Watched(compute.put(batch))
         with self._random_state_kept():
-            run(compute.put(batch), 1.0)
+            run(watched, 1.0)
+        self._read = [name for name in batch if name in watched.read]
         self._without = [p for group in optimizer.param_groups for p in group["params"] if p.grad is None]
         self.optimizer = flatten(optimizer)
         self._graphs: dict[Any, _Graph] = {}
@@ -90,12 +93,17 @@ class Graphs:
         Raises:
             RecipeError: The computation cannot be recorded.
         """
-        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        tensors = {name: batch[name] for name in self._read}
+        others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+        if others:
+            raise _not_recorded(f"its loss reads what is no tensor: {', '.join(others)}")
         key = tuple((name, value.shape, value.dtype) for name, value in tensors.items())
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 torch.manual_seed(seed)
-                return self._run(self._compute.put(batch), self._scalar(weight))
+                loss = self._run(self._compute.put(batch), self._scalar(weight))
+                self._check_gradients()
+                return loss
             self._graphs[key] = self._recorded(tensors, weight)
         graph = self._graphs[key]
         for name, value in tensors.items():
@@ -158,6 +166,9 @@ class Graphs:
                     for one, other in zip(found, expected, strict=True):
                         if float((one - other).norm()) > allowed * float(other.norm()):
                             return "a replayed step has other gradients"
+                    # Other numbers in the same places: what a record keeps of a batch would show.
+                    weight *= 3
+                    batch = {n: v.roll(1, 0) if isinstance(v, Tensor) and v.dim() else v for n, v in batch.items()}
         except RecipeError as error:
             return error.problems[0].message
         finally:
@@ -182,17 +193,20 @@ class Graphs:
         drawn = _drawn_on_the_host()
         try:
             replay, loss = self._record(lambda: self._run(held, scalar))
-        except (RuntimeError, KeyError) as error:
+        except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            reads = f"its loss reads {error}, which is no tensor"
-            raise _not_recorded(reads if isinstance(error, KeyError) else first_line(error)) from error
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error  # ending one fails too
+            raise _not_recorded(first_line(cause)) from error
         if self._compute.device.type == "cuda" and _drawn_on_the_host() != drawn:
             raise _not_recorded("it draws random numbers on the CPU, as those who leave out layers do")
-        if any(p.grad is not None for p in self._without):
-            raise _not_recorded("what has a gradient is not the same in all batches")
+        self._check_gradients()
         torch._foreach_copy_(self._gradients(), before)
         return _Graph(held, scalar, replay, loss)
+
+    def _check_gradients(self) -> None:
+        if any(p.grad is not None for p in self._without):
+            raise _not_recorded("what has a gradient is not the same in all batches")
 
     def _scalar(self, weight: float) -> Tensor:
         return torch.full((), weight, dtype=torch.float32, device=self._compute.device)
@@ -206,6 +220,32 @@ class Graphs:
     def _random_state_kept(self) -> AbstractContextManager[None]:
         device = self._compute.device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+class _Watched(dict[str, Any]):
+    """A batch that knows which of its entries were read."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(batch)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict."""
+        return self[name] if name in self else default
+
+    def items(self) -> Any:
+        """As of a dict; all are read."""
+        self.read.update(self)
+        return super().items()
+
+    def values(self) -> Any:
+        """As of a dict; all are read."""
+        self.read.update(self)
+        return super().values()
 
 
 class _Graph(NamedTuple):
@@ -228,13 +268,14 @@ def _not_recorded(reason: str) -> RecipeError:
     return RecipeError(
         f"a step cannot be recorded as a CUDA graph: {reason}",
         where="training.cuda_graphs",
-        fix="set training.cuda_graphs: false",
+        fix="set training.cuda_graphs: false; where the run has begun, start over with --restart",
     )
 
 
-def _drawn_on_the_host() -> tuple[bytes, bytes]:
+def _drawn_on_the_host() -> tuple[Any, ...]:
     """The state of the generators whose numbers a graph would keep."""
-    return torch.random.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes()  # type: ignore[index]
+    numpy_state: Any = np.random.get_state()
+    return torch.random.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2], random.getstate()
 
 
 def _in_one_pool(device: torch.device) -> Record:
@@ -242,15 +283,16 @@ def _in_one_pool(device: torch.device) -> Record:
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM):
-                run()
-        torch.cuda.current_stream(device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            loss = run()
+        with torch.cuda.device(device):
+            aside = torch.cuda.Stream(device)
+            aside.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM):
+                    run()
+            torch.cuda.current_stream(device).wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                loss = run()
         return graph.replay, loss
 
     return record
@@ -301,21 +343,21 @@ def _parts(flat: Tensor, members: Sequence[Tensor]) -> list[Tensor]:
 
 
 def in_eighths(batch: Batch, longest: int, filler: int) -> Batch:
-    """A batch whose rows are padded further, to one of a few lengths, so that many batches have one shape.
+    """A batch whose texts are padded further, to one of a few lengths, so that many batches have one shape.
 
     Args:
-        batch: Collated; one with entries that this function does not know how to pad is returned as it is.
-        longest: Tokens in a row at the most; longer rows stay as they are.
-        filler: Id of the token that fills rows up.
+        batch: Collated; one without an attention mask of texts is returned as it is.
+        longest: Tokens in a text at the most; longer ones stay as they are.
+        filler: Id of the token that fills texts up.
     """
     fillers = {"input_ids": filler, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
-    rows = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 2}
-    if "attention_mask" not in rows or not rows.keys() <= fillers.keys():
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2 or "input_ids" not in batch:
         return batch
-    unit = 8 * math.ceil(longest / (8 * _LENGTHS))
-
-    def padded(value: Tensor, filler: int) -> Tensor:
-        length = value.shape[1]
-        return F.pad(value, (0, max(length, min(longest, unit * math.ceil(length / unit))) - length), value=filler)
-
-    return batch | {name: padded(value, fillers[name]) for name, value in rows.items()}
+    unit, length = 8 * math.ceil(longest / (8 * _LENGTHS)), mask.shape[1]
+    more = max(length, min(longest, unit * math.ceil(length / unit))) - length
+    return batch | {
+        name: F.pad(batch[name], (0, more), value=value)
+        for name, value in fillers.items()
+        if name in batch and batch[name].shape == mask.shape
+    }

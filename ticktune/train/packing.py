@@ -75,7 +75,7 @@ def packing_obstacle(
             joined = _logits(model, task, [_joined(pair)], compute, around)
         if segments is not None:
             _run_backwards(model, task, pair, compute, around, base_dropout)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # of the model
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:  # of the model
         if segments is not None and is_out_of_memory(error):
             raise
         what = "positions that begin anew in a row" if segments is None else "attention inside of segments"

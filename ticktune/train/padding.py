@@ -1,4 +1,4 @@
-"""Whether a model computes the same without padding: proved on a few of its rows, or told why not."""
+"""Whether a model computes the same without padding, or with more: proved on a few of its rows, or told why not."""
 
 import math
 from contextlib import nullcontext
@@ -71,6 +71,36 @@ def prove_unpadded(
         )
     if not math.isclose(loss, expected, rel_tol=allowed, abs_tol=allowed):
         raise PatchError(f"without padding the loss of a batch is {loss:.6g} instead of {expected:.6g}")
+
+
+def padding_obstacle(model: nn.Module, task: "Task", batch: Batch, wider: Batch, compute: Compute) -> str | None:
+    """Why texts cannot be padded further; None: the loss stays the same. The model's training mode is restored.
+
+    Args:
+        model: With ticks.
+        task: Gives forward and loss.
+        batch: A few rows,
+        wider: and the same with more padding.
+        compute: Device and precision.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), compute.autocast():
+            loss, found = (
+                float(task.loss(task.forward(model, each), each)) for each in (compute.put(batch), compute.put(wider))
+            )
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        if is_out_of_memory(error):
+            raise
+        return f"the model does not run with more padding: {first_line(error)}"
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    allowed = _ALLOWED if compute.precision == "fp32" else _ALLOWED_HALF
+    if math.isclose(loss, found, rel_tol=allowed, abs_tol=allowed):
+        return None
+    return f"with more padding the loss of a batch is {found:.6g} instead of {loss:.6g}"
 
 
 def _states(
