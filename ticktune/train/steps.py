@@ -196,10 +196,14 @@ def gradients_of(
     def run(batch: Batch, weight: Tensor | float) -> Tensor:
         with around(batch), compute.autocast():
             loss = loss_of(model, batch) / weight
-        scaler.scale(loss).backward()
+        _backward(loss, scaler)
         return loss.detach()
 
     return run
+
+
+def _backward(loss: Tensor, scaler: torch.amp.GradScaler) -> None:
+    scaler.scale(loss).backward()
 
 
 def _not_finite(step: int, loss: float, named: Sequence[tuple[str, nn.Parameter]]) -> NumericsError:
