@@ -68,6 +68,7 @@ ORDER = [
     "ticktune.train.groups",
     "ticktune.train.graphs",
     "ticktune.train.head_loss",
+    "ticktune.train.same_loss",
     "ticktune.train.ffn",
     "ticktune.train.steps",
     "ticktune.train.packing",

@@ -1,21 +1,19 @@
 """In which form a run computes its ticks: the wide form is proved on the run's own model, and timed where asked."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ticktune.device import Compute
-from ticktune.errors import first_line
 from ticktune.patch.wide import Wide
 from ticktune.tasks.task import Batch, Task
 from ticktune.train.head_loss import plain_loss
+from ticktune.train.same_loss import loss_obstacle
 
-_ALLOWED, _ALLOWED_HALF = 1e-4, 5e-2  # relative; rounding is 1e-6 in float32 and 1e-2 in half precision
 _ROUNDS, _LEAST_ROUNDS, _SECONDS = 9, 3, 10.0
 _WORTH = 0.98  # of the split form's time: less to win is noise, and the split form has the base's bits
 
@@ -32,23 +30,13 @@ def wide_obstacle(model: nn.Module, wide: Wide, task: Task, batch: Batch, comput
         batch: A few rows, on the device.
         compute: Device and precision.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     loss_of = plain_loss(task)
-    try:
-        with torch.no_grad(), compute.autocast():
-            split = float(loss_of(model, batch))
-            with wide.running():
-                found = float(loss_of(model, batch))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # of a block that knows its own width
-        return f"the model does not run with wider blocks: {first_line(error)}"
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    allowed = _ALLOWED if compute.precision == "fp32" else _ALLOWED_HALF
-    if math.isclose(found, split, rel_tol=allowed, abs_tol=allowed):
-        return None
-    return f"with wider blocks the loss of a batch is {found:.6g} instead of {split:.6g}"
+
+    def widened() -> Tensor:
+        with wide.running():
+            return loss_of(model, batch)
+
+    return loss_obstacle(model, compute, "wider blocks", lambda: loss_of(model, batch), widened)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ticktune.patch.attach import set_training
 from ticktune.patch.segments import DropoutError
 from ticktune.patch.unpadded import TOKENS, Unpadded
 from ticktune.tasks.batch import SEGMENTS, Batch
+from ticktune.train.same_loss import loss_obstacle
 from ticktune.train.steps import Around
 
 if TYPE_CHECKING:
@@ -83,24 +84,12 @@ def padding_obstacle(model: nn.Module, task: "Task", batch: Batch, wider: Batch,
         wider: and the same with more padding.
         compute: Device and precision.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), compute.autocast():
-            loss, found = (
-                float(task.loss(task.forward(model, each), each)) for each in (compute.put(batch), compute.put(wider))
-            )
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        if is_out_of_memory(error):
-            raise
-        return f"the model does not run with more padding: {first_line(error)}"
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    allowed = _ALLOWED if compute.precision == "fp32" else _ALLOWED_HALF
-    if math.isclose(loss, found, rel_tol=allowed, abs_tol=allowed):
-        return None
-    return f"with more padding the loss of a batch is {found:.6g} instead of {loss:.6g}"
+
+    def loss(each: Batch) -> Tensor:
+        each = compute.put(each)
+        return task.loss(task.forward(model, each), each)
+
+    return loss_obstacle(model, compute, "more padding", lambda: loss(batch), lambda: loss(wider))
 
 
 def _states(
