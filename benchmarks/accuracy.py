@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from ticktune.data.batches import epoch_batches
 from ticktune.evaluate import score
 from ticktune.files import read_json, write_json
 from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.cpu import OnCpu
 from ticktune.prepare import Prepared, prepare
 from ticktune.recipe.load import load_recipe
 from ticktune.recipe.schema import Optimizer
@@ -107,12 +108,19 @@ def learn(layers: str, study: Study) -> Learned:
     model = own_model(prepared, layers, study.seed).to(compute.device)
     named = list(adapter_parameters(model))
     keeps_prefix = layers != "all"
-    around: Callable[[Batch], AbstractContextManager[Any]] = nullcontext
+    serving: Callable[[Batch], AbstractContextManager[Any]] = nullcontext
+    on_cpu = OnCpu(model)
     seconds, since = 0.0, time.process_time()
     if keeps_prefix:
         cache = PrefixCache(model, task, examples, compute, base_dropout=False)
-        cache.fill("memory", 32)
-        around = cache.serving
+        with on_cpu.running():
+            cache.fill("memory", 32)
+        serving = cache.serving
+
+    @contextmanager
+    def around(batch: Batch) -> Iterator[None]:
+        with on_cpu.running(), serving(batch):
+            yield
 
     def batches() -> Iterator[list[Batch]]:
         for epoch in range(study.epochs):

@@ -24,8 +24,9 @@ class Peer(NamedTuple):
 
     Args:
         method: What is trained.
-        is_best: The fastest of its documented settings instead of its defaults: batches grouped by length, and
-            bfloat16; frozen weights and adapters are held in it, full fine-tuning multiplies in it (``bf16=True``).
+        is_best: The fastest of its documented settings instead of its defaults: batches grouped by length,
+            the faster attention of transformers (:attr:`Job.attention`), and bfloat16; frozen weights and adapters are
+            held in it, full fine-tuning multiplies in it (``bf16=True``).
         lr: Its constant learning rate, for the curves.
     """
 
@@ -48,6 +49,11 @@ PEERS: dict[str, Peer] = {
 }
 
 
+SORTED = 50
+"""Batches that the Trainer, like ticktune, sorts at once where it groups rows by length, in an epoch of four times as
+many or more."""
+
+
 class Job(NamedTuple):
     """What one process of a peer is given.
 
@@ -62,6 +68,7 @@ class Job(NamedTuple):
         task: Entries of the config that the task needs.
         auto_class: Of the model.
         budget: Parameters that an adapter shall have, the head aside.
+        attention: The faster one of transformers for these rows, ``eager`` or ``sdpa``, which is the default.
         study: What benchmarks/accuracy.py asks for; None: speed is measured.
     """
 
@@ -75,6 +82,7 @@ class Job(NamedTuple):
     task: dict[str, Any]
     auto_class: str
     budget: int
+    attention: str = "sdpa"
     study: dict[str, Any] | None = None
 
     @property
@@ -168,11 +176,12 @@ def load(job: Job, dtype: str) -> Any:
 
     torch.manual_seed(job.study["seed"] if job.study else 0)
     auto = getattr(transformers, job.auto_class)
+    options = {"attn_implementation": job.attention} if PEERS[job.contender].is_best else {}
     if job.config is None:
-        return auto.from_pretrained(job.directory, dtype=getattr(torch, dtype), **job.task)
+        return auto.from_pretrained(job.directory, dtype=getattr(torch, dtype), **job.task, **options)
     config = transformers.AutoConfig.from_pretrained(job.directory)
     config.update({**job.config, **job.task})
-    return auto.from_config(config, dtype=getattr(torch, dtype))
+    return auto.from_config(config, dtype=getattr(torch, dtype), **options)
 
 
 def lora(model: Any, job: Job, *, everywhere: bool, is_best: bool) -> Any:
@@ -295,6 +304,15 @@ def make_trainer(
             loss = super().training_step(*args, **kwargs)
             log.losses.append(loss)
             return loss
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            """In a short epoch the Trainer would sort a few batches at once: as in a long one."""
+            if study or not peer.is_best:
+                return super()._get_train_sampler(train_dataset)
+            from transformers.trainer_pt_utils import get_length_grouped_indices
+
+            lengths = [len(row["input_ids"]) for row in rows]
+            return get_length_grouped_indices(lengths, job.batch, SORTED, torch.Generator().manual_seed(0))
 
     options: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if peer.is_best else {}
     if peer.is_best and peer.method == "full":

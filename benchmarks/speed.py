@@ -5,9 +5,11 @@
 Every contender trains two epochs of the same encoded rows in the same global batch, in a process of its own; the
 contenders take turns, round after round, so that a noisy hour falls on all of them, and rates are compared within a
 round. Peers (benchmarks/peers.py) run in their default and in their best configuration, with about as many trained
-parameters, and pad to the longest row of a batch. Counted are real tokens, not padding; a step is everything between
-two updates, reading and padding included. The second epoch counts, as kernels are compiled for each
-new shape of a batch, which a run of thousands of steps soon has seen; the trained weights are set back before it.
+parameters, and pad to the longest row of a batch. The rows have the lengths of a long epoch, and those of a batch
+differ as little as there, where all contenders that group rows by length sort some 50 batches. Counted are real tokens,
+not padding; a step is everything between two updates, reading and padding included. The second epoch counts, as kernels
+are compiled for each new shape of a batch, which a run of thousands of steps soon has seen; the trained weights are set
+back before it.
 
 AdapterHub needs an older transformers, and so an environment of its own, without which it is left out:
 
@@ -25,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,13 +40,14 @@ from benchmarks import page
 from benchmarks.clock import go_on
 from benchmarks.counting import saved_bytes
 from benchmarks.curves import WINDOW, drawing
-from benchmarks.peers import ADAPTERHUB, PEERS, Job, Measured, middle, peak_bytes
+from benchmarks.peers import ADAPTERHUB, PEERS, SORTED, Job, Measured, middle, peak_bytes
 from ticktune.base import load_model, quiet_transformers
 from ticktune.console import Console
 from ticktune.data.batches import epoch_batches
 from ticktune.device import Compute, choose_compute, describe
 from ticktune.files import read_json, write_json
 from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.cpu import OnCpu
 from ticktune.prepare import Prepared, prepare
 from ticktune.recipe.load import load_recipe
 from ticktune.recipe.schema import Optimizer
@@ -68,6 +72,7 @@ class Case(NamedTuple):
         steps: Of the epoch that counts.
         config: Entries of a config whose weights are drawn at random; None: the base has weights.
         recipe: The rows, and the base or the tokenizer.
+        attention: The faster one of transformers, for the peers' best configuration.
     """
 
     title: str
@@ -75,6 +80,7 @@ class Case(NamedTuple):
     steps: int
     config: dict[str, Any] | None
     recipe: dict[str, Any]
+    attention: str = "eager"
 
 
 SST2: dict[str, Any] = {
@@ -109,6 +115,7 @@ CASES: dict[str, Case] = {
                 "max_length": 512,
             },
         },
+        attention="sdpa",
     ),
     "llama": Case(
         "Llama shape of 30M, lines of Shakespeare",
@@ -175,17 +182,34 @@ class Subject(NamedTuple):
         return model, [name for name, _ in model.named_parameters() if name.startswith("classifier")]
 
 
+def like_a_long_epoch(lengths: Sequence[int], batch: int, steps: int) -> list[int]:
+    """Numbers of the rows of a short epoch in which batches of about one length are as they are in a long one.
+
+    Args:
+        lengths: Of :data:`SORTED` batches of rows, which in a long epoch are sorted and cut into batches.
+        batch: Rows in a step.
+        steps: So many of these batches are taken, evenly.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    taken = [(2 * step + 1) * SORTED // (2 * steps) for step in range(steps)]
+    return sorted(number for place in taken for number in order[place * batch : (place + 1) * batch])
+
+
 def subject_of(case: Case) -> Subject:
     """Reads and encodes the rows of an epoch."""
     recipe = json.loads(json.dumps(case.recipe))
-    recipe["data"]["train"]["limit"] = case.batch * case.steps
+    recipe["data"]["train"]["limit"] = case.batch * SORTED
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speed.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         prepared = prepare(load_recipe(path, []), Console(quiet=True))
-    found = len(prepared.examples["train"])
-    if found != case.batch * case.steps:
-        raise SystemExit(f"{case.title}: {found} rows became examples, expected {case.batch * case.steps}")
+    found = prepared.examples["train"]
+    if len(found) != case.batch * SORTED:
+        raise SystemExit(f"{case.title}: {len(found)} rows became examples, expected {case.batch * SORTED}")
+    rows = like_a_long_epoch(found.lengths, case.batch, case.steps)
+    prepared.examples["train"] = replace(
+        found, dataset=found.dataset.select(rows), lengths=[found.lengths[row] for row in rows]
+    )
     return Subject(prepared, case)
 
 
@@ -221,6 +245,7 @@ def job_of(contender: str, subject: Subject) -> Job:
         task=task.config(),
         auto_class=task.auto_class,
         budget=budget_of(subject),
+        attention=case.attention,
     )
 
 
@@ -253,7 +278,7 @@ def measure(method: str, case: Case, started: float) -> Measured:
     examples, task, compute = prepared.examples["train"], prepared.task, prepared.compute
     model, named, rates = build(method, subject)
     model.to(compute.device)
-    loss_of = plain_loss(task)
+    loss_of, on_cpu = plain_loss(task), OnCpu(model)
     head = find_head(model, task, compute.put(task.collate(examples.take([0, 1]), seed=0)), compute)
     if isinstance(head, Head):
         loss_of = head_loss(task, head)
@@ -278,6 +303,7 @@ def measure(method: str, case: Case, started: float) -> Measured:
             clip=1.0,
             seed=0,
             loss_of=loss_of,
+            around=lambda _: on_cpu.running(),
         )
         for report in steps:
             yield time.perf_counter(), report.loss
@@ -296,7 +322,7 @@ def measure(method: str, case: Case, started: float) -> Measured:
     cpu, peak = time.process_time() - cpu, peak_bytes()
     ends = [clock, *(end for end, _ in found)]
     batch = compute.put(task.collate(examples.take(middle(list(examples.lengths), case.batch)), seed=0))
-    with compute.autocast():
+    with compute.autocast(), on_cpu.running():
         kept = saved_bytes(model, lambda: loss_of(model, batch))
     return Measured(
         seconds=[b - a for a, b in zip(ends, ends[1:], strict=False)],

@@ -10,7 +10,8 @@ path.
 import argparse
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ticktune.data.batches import epoch_batches
 from ticktune.device import describe
 from ticktune.files import write_json
 from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.cpu import OnCpu
 from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
 from ticktune.prepare import Prepared, prepare
 from ticktune.recipe.load import load_recipe
@@ -61,29 +63,39 @@ class Run:
         self.facts: dict[str, Any] = {}
         found = layers_of(self.model)
         self._places = places_of(self.model, found)
-        maker = {"checkpointed": Checkpointed, "compiled": Compiled}.get(self.kind)
+        self._on_cpu = OnCpu(self.model)
+        maker = {"checkpointed": self._checkpointed, "compiled": Compiled}.get(self.kind)
         self._stand_ins: dict[nn.Module, nn.Module] = {} if maker is None else {layer: maker(layer) for layer in found}
         if self.kind == "kept":
             began = time.process_time()
             self.cache = PrefixCache(
                 self.model, prepared.task, prepared.examples["train"], prepared.compute, base_dropout=False
             )
-            self.cache.fill("memory", 32)
+            with self._on_cpu.running():
+                self.cache.fill("memory", 32)
             self.facts["seconds_to_fill"] = round(time.process_time() - began, 2)
         if self.kind == "checkpointed":
             self._measure()
 
+    def _checkpointed(self, layer: nn.Module) -> nn.Module:
+        return Checkpointed(layer, self._on_cpu.running)
+
     def _measure(self) -> None:
         numbers = epoch_batches(self.prepared.examples["train"].lengths, 32, seed=1, epoch=0)[0]
         batch = self.prepared.task.collate(self.prepared.examples["train"].take(numbers))
-        with measured(self.model, layers_of(self.model)) as kept:
+        with self._on_cpu.running(), measured(self.model, layers_of(self.model), self._on_cpu.running) as kept:
             self.prepared.task.loss(self.prepared.task.forward(self.model, batch), batch)
         self.facts |= {"activation_bytes": kept.checkpointed, "activation_bytes_without": kept.plain}
 
-    def _around(self, batch: Batch) -> AbstractContextManager[Any]:
-        if self.kind == "kept":
-            return self.cache.serving(batch)
-        return standing_in(self._places, self._stand_ins) if self._stand_ins else nullcontext()
+    @contextmanager
+    def _around(self, batch: Batch) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.kind != "compiled":  # what is compiled has its own
+                stack.enter_context(self._on_cpu.running())
+            if self.kind == "kept":
+                stack.enter_context(self.cache.serving(batch))
+            stack.enter_context(standing_in(self._places, self._stand_ins) if self._stand_ins else nullcontext())
+            yield
 
     def turn(self, batches: list[list[Batch]], first: int) -> None:
         """Trains on some batches."""

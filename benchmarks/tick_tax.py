@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from benchmarks.tokens import Classes
 from ticktune.device import Compute, Precision, describe
 from ticktune.files import write_json
 from ticktune.patch.attach import adapter_parameters, attach
+from ticktune.patch.cpu import OnCpu
 from ticktune.patch.wide import Wide
 from ticktune.recipe.schema import Optimizer
 from ticktune.train.groups import build_optimizer
@@ -121,7 +122,7 @@ def steps(config: Any, form: str, precision: Precision) -> Iterator[Any]:
             yield [{"input_ids": ids, "labels": torch.randint(0, LABELS, (ROWS,), generator=generator)}]
 
     compute, chosen = Compute(torch.device("cpu"), precision), FORMS[form]
-    wide = Wide(model, compute.dtype) if chosen is not None and chosen.wide else None
+    running = ways(model, chosen, compute.dtype)
     return train_steps(
         model,
         [(name, p) for name, _, p in named],
@@ -133,8 +134,23 @@ def steps(config: Any, form: str, precision: Precision) -> Iterator[Any]:
         lr_factor=lambda step: 1.0,
         clip=1.0,
         seed=1,
-        around=lambda batch: nullcontext() if wide is None else wide.running(),
+        around=lambda batch: running(),
     )
+
+
+def ways(model: nn.Module, form: Form | None, dtype: torch.dtype | None) -> Callable[[], AbstractContextManager[Any]]:
+    """What a form's forward passes run in, as a run of ``ticktune train`` would; full fine-tuning too is fast."""
+    wide = Wide(model, dtype) if form is not None and form.wide else None
+    on_cpu = OnCpu(model) if form is None or form.fast else None
+
+    def running() -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for way in (wide, on_cpu):
+            if way is not None:
+                stack.enter_context(way.running())
+        return stack
+
+    return running
 
 
 def turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -196,11 +212,10 @@ def kept(config: Any, peft: bool) -> dict[str, float]:
         own = type(config)(**{**config.to_diff_dict(), "num_hidden_layers": layers, **_no_dropout(config)})
         model = forms[form](transformers.AutoModel.from_config(own).to(torch.bfloat16)).train()
         ids = torch.randint(3, config.vocab_size, (rows, 64))
-        chosen = FORMS.get(form)
-        wide = Wide(model) if chosen is not None and chosen.wide else None
+        running = ways(model, FORMS[form], None) if form in FORMS else nullcontext
 
         def states() -> Tensor:
-            with nullcontext() if wide is None else wide.running():
+            with running():
                 found: Tensor = model(input_ids=ids).last_hidden_state
             return found
 

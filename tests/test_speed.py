@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import speed
 from benchmarks.curves import moving_median
-from benchmarks.peers import ADAPTERHUB, PEERS, Job, middle
+from benchmarks.peers import ADAPTERHUB, PEERS, SORTED, Job, middle
 
 FULL = "Trainer, full fine-tuning, default"
 
@@ -115,6 +115,18 @@ def test_the_rows_of_middle_length() -> None:
     assert middle([5, 1, 9, 3, 7, 2], 2) == [3, 0]
 
 
+def test_a_short_epoch_has_the_lengths_and_the_padding_of_a_long_one() -> None:
+    lengths = [1 + 7 * row % 160 for row in range(4 * SORTED)]
+    rows = speed.like_a_long_epoch(lengths, 4, 10)
+    assert rows == sorted(set(rows))
+    assert len(rows) == 40
+    chosen = sorted(lengths[row] for row in rows)
+    assert sum(chosen) / 40 == pytest.approx(sum(lengths) / len(lengths), rel=0.03)
+    whole = sorted(lengths)
+    batches = [whole[start : start + 4] for start in range(0, len(whole), 4)]
+    assert all(chosen[start : start + 4] in batches for start in range(0, 40, 4))
+
+
 def test_default_and_best_are_both_there() -> None:
     for method in {peer.method for peer in PEERS.values()} - {"ParBn"}:
         assert sorted(peer.is_best for peer in PEERS.values() if peer.method == method) == [False, True]
@@ -124,7 +136,7 @@ def test_default_and_best_are_both_there() -> None:
 def test_two_contenders_see_the_same_rows(tiny_bert: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     rows = tmp_path / "rows.jsonl"
-    texts = [("w1 " * (1 + i % 3), i % 2) for i in range(8)]
+    texts = [("w1 " * (1 + i % 3), i % 2) for i in range(2 * SORTED)]
     rows.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts))
     recipe = {
         "task": "text-classification",
@@ -134,6 +146,7 @@ def test_two_contenders_see_the_same_rows(tiny_bert: Path, tmp_path: Path) -> No
     case = speed.Case("tiny", batch=2, steps=4, config=None, recipe=recipe)
     job = speed.job_of("", speed.subject_of(case))
     assert job.budget > 0
+    assert len(job.rows) == case.batch * case.steps
     runs = {name: speed.run_one(name, case, job, {}) for name in (speed.OURS, FULL)}
     for found in runs.values():
         assert len(found["losses"]) == len(found["seconds"]) == case.steps

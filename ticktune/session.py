@@ -26,6 +26,7 @@ from ticktune.evaluate import is_better, score
 from ticktune.files import append_line, finite, free_bytes, sha256_json, write_text
 from ticktune.folder import RunFolder, relocate, result_relevant
 from ticktune.patch.attach import adapter_parameters, adapter_state, attachment_of, set_training
+from ticktune.patch.cpu import OnCpu
 from ticktune.patch.segments import Segments
 from ticktune.patch.standins import Checkpointed, Compiled, Context, layers_of, places_of, standing_in
 from ticktune.patch.unpadded import Unpadded, without_padding
@@ -50,6 +51,7 @@ from ticktune.ways import Ways, collated, filler_of, prove_graphs, shortest
 
 _PLAIN, _CHUNKED = "plain", "chunked"
 _MASKED, _BY_SEGMENTS = "masked", "segments"
+_TORCHS, _OURS = "torch", "ticktune"
 _IDLE_STEPS = 10  # Q and U have no gradient while P is zero, in the first step
 
 
@@ -172,7 +174,8 @@ class Session:
         self._wide = ways.wide
         self._ffn: Context = nullcontext  # what ticks of the chosen form run in,
         self._again: Context = nullcontext  # and what they do when a layer is computed again
-        self._found_segments = ways.segments
+        self._found_segments, self._found_on_cpu = ways.segments, ways.on_cpu
+        self._on_cpu: Context = nullcontext  # what attention and dropout run in
         self._segments: Segments | Unpadded | None = ways.unpadded  # by which texts attend that share a row
         self._layers = layers_of(model) if training.compile or training.gradient_checkpointing else []
         self._places = places_of(model, self._layers)
@@ -215,7 +218,8 @@ class Session:
                 self._warn_little_space()
                 loss = self._choose_loss(goes_on=newest is not None)
                 attention = self._choose_attention(goes_on=newest is not None)
-                self.run.update(status="running", loss=loss, **attention, **self._choose_ffn())
+                kernels = self._choose_kernels(goes_on=newest is not None)
+                self.run.update(status="running", loss=loss, **attention, **kernels, **self._choose_ffn())
                 # What is compiled depends on the rows that come first: they are the same in every stretch.
                 if newest is None or self.recipe.training.compile:
                     self._try_longest()
@@ -289,6 +293,28 @@ class Session:
                 f"the run goes on with masked attention, as {found}: the result need not be bitwise the same"
             )
         return {"attention": f"{_MASKED}: {found}"}
+
+    def _choose_kernels(self, *, goes_on: bool) -> dict[str, str]:
+        """Lets a model on a CPU attend and drop out in our way; a run goes on as it began.
+
+        Returns:
+            What the record says of it.
+        """
+        found = self._found_on_cpu
+        if found is None:
+            return {}
+        # A run of a version that did not record it had torch's.
+        before: str = self.run.record().get("cpu_kernels", _TORCHS) if goes_on else _OURS
+        if before != _OURS:
+            return {"cpu_kernels": before}
+        if isinstance(found, OnCpu):
+            self._on_cpu = found.running
+            return {"cpu_kernels": _OURS}
+        if goes_on:
+            self.console.warn(
+                f"the run goes on with torch's attention, as {found}: the result need not be bitwise the same"
+            )
+        return {"cpu_kernels": f"{_TORCHS}: {found}"}
 
     def _choose_ffn(self) -> dict[str, Any]:
         """Computes ticks as the recipe or a trial says; a run goes on as it began.
@@ -393,6 +419,7 @@ class Session:
         # The form inside: in the places of its projections the model hides the weights, which are no activations.
         with (
             measured(self.model, self._layers, self._computed_again) as self._activations,
+            self._on_cpu(),
             self._attending(batch),
             self._ffn(),
         ):
@@ -409,7 +436,8 @@ class Session:
         layers = "layer" if count == 1 else f"{count} layers"
         self._work = f"computing the lowest {layers} of the longest rows, {size} at once"
         kind = training.prefix_cache
-        self.cache.fill(kind, size, self.signals.poll)  # type: ignore[arg-type]  # it is not off
+        with self._on_cpu():
+            self.cache.fill(kind, size, self.signals.poll)  # type: ignore[arg-type]  # it is not off
         seconds = time.monotonic() - started
         rows = len(self.prepared.examples["train"])
         self.console.note(
@@ -421,6 +449,7 @@ class Session:
         """What stands in the place of layers in a forward pass of training."""
         with ExitStack() as stack:
             stack.enter_context(self._ffn())
+            stack.enter_context(self._on_cpu())
             stack.enter_context(standing_in(self._places, self._stand_ins))
             stack.enter_context(self._attending(batch))  # around what stands in the places of layers
             if self.cache is not None and NUMBERS in batch:
@@ -433,7 +462,8 @@ class Session:
     @contextmanager
     def _computed_again(self) -> Iterator[None]:
         """What a layer is computed again in, in a backward pass."""
-        with self._again(), nullcontext() if self._segments is None else self._segments.again():
+        segments = nullcontext() if self._segments is None else self._segments.again()
+        with self._again(), self._on_cpu(), segments:
             yield
 
     def _collate(self, numbers: list[int], seed: int) -> Batch:

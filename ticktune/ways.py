@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ticktune.console import Console
 from ticktune.errors import BaseModelError, PatchError, RecipeError
 from ticktune.patch.attach import adapter_parameters, set_training
+from ticktune.patch.cpu import OnCpu
 from ticktune.patch.segments import Segments, has_kernel
 from ticktune.patch.standins import find_prefix
 from ticktune.patch.unpadded import Unpadded, without_padding
@@ -29,9 +30,11 @@ from ticktune.train.head_loss import plain_loss
 from ticktune.train.packing import beginning, packed_pair, packing_obstacle
 from ticktune.train.padding import padding_obstacle, prove_unpadded
 from ticktune.train.prefix import PrefixCache, refuse_dropout
+from ticktune.train.same_loss import loss_obstacle
 from ticktune.train.steps import gradients_of
 
 _PROOF_ROWS = 2
+_UNEQUAL_ROWS = 32  # of the shortest rows the last one is longer than the first one, as a rule
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class Ways:
         wide: The wide form of the ticks; None: they have the split form.
         segments: How packed rows attend, or why by masks; None: rows are not packed.
         unpadded: Layers that run without padding; None: they run with it.
+        on_cpu: Attention and dropout in our way, or why in torch's; None: torch's are asked for, or it is no CPU.
     """
 
     cache: PrefixCache | None = None
     wide: Wide | None = None
     segments: Segments | str | None = None
     unpadded: Unpadded | None = None
+    on_cpu: OnCpu | str | None = None
 
 
 def build_ways(prepared: Prepared, model: nn.Module, console: Console) -> Ways:
@@ -65,7 +70,8 @@ def build_ways(prepared: Prepared, model: nn.Module, console: Console) -> Ways:
     """
     segments, unpadded = _segments(prepared, model, console), _unpadded(prepared, model)
     _try_graphs(prepared, model)
-    return Ways(_prefix_cache(prepared, model), _wide(prepared, model, console), segments, unpadded)
+    cache, wide = _prefix_cache(prepared, model), _wide(prepared, model, console)
+    return Ways(cache, wide, segments, unpadded, _on_cpu(prepared, model))
 
 
 def _segments(prepared: Prepared, model: nn.Module, console: Console) -> Segments | str | None:
@@ -245,6 +251,29 @@ def _unpadded(prepared: Prepared, model: nn.Module) -> Unpadded | None:
         batch = compute.put(without_padding(collated(prepared, rows)))
         prove_unpadded(model, unpadded, prepared.task, batch, compute, base_dropout=keeps_dropout)
     return unpadded
+
+
+def _on_cpu(prepared: Prepared, model: nn.Module) -> OnCpu | str | None:
+    """Sees that a model does not care what its attention is called; that ours is the same function, tests prove."""
+    training, compute, task = prepared.loaded.recipe.training, prepared.compute, prepared.task
+    if compute.device.type != "cpu" or not training.fast:
+        return None
+    if training.compile:
+        return "what is compiled has its own"
+    examples = prepared.examples["train"]
+    shortest = heapq.nsmallest(_UNEQUAL_ROWS, range(len(examples)), key=examples.lengths.__getitem__)
+    on_cpu = OnCpu(model)
+    batch = compute.put(collated(prepared, examples.take([shortest[0], shortest[-1]])))
+
+    def plain() -> Tensor:
+        return task.loss(task.forward(model, batch), batch)
+
+    def other() -> Tensor:
+        with on_cpu.renamed():
+            return plain()
+
+    obstacle = loss_obstacle(model, compute, "attention by another name", plain, other, exact=True)
+    return on_cpu if obstacle is None else obstacle
 
 
 def _try_graphs(prepared: Prepared, model: nn.Module) -> None:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ticktune.patch import segments
 from ticktune.patch.attach import adapter_parameters, attach
-from ticktune.patch.segments import Segments, Window, attention, by_length, kernel_of, layer_keywords
+from ticktune.patch.segments import (
+    DropoutError,
+    Segments,
+    Window,
+    attention,
+    by_length,
+    kernel_of,
+    layer_keywords,
+)  # fmt: skip
 from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
 from ticktune.tasks.batch import SEGMENTS
 
@@ -111,7 +119,6 @@ def test_layers_are_told_ends_and_a_length_that_few_values_have() -> None:
 @pytest.mark.parametrize(
     ("others", "said"),
     [
-        ({"dropout": 0.1}, "has no dropout"),
         ({"softcap": 30.0}, "knows no softcap"),
         ({"s_aux": torch.zeros(4)}, "knows no s_aux"),
         ({"cu_seq_lens_q": None}, "not told where segments end"),
@@ -145,7 +152,7 @@ def _old(
 
 def _called(varlen: Any, heads: int, groups: int, window: Window) -> Any:
     query, key, ends = torch.zeros(4, heads, 8), torch.zeros(4, groups, 8), torch.tensor([0, 4])
-    return kernel_of(varlen)(query, key, key, ends, 4, 0.5, window)
+    return kernel_of(varlen)(query, key, key, ends, 4, 0.5, window, 0.0)
 
 
 @pytest.mark.parametrize(("heads", "groups"), HEADS)
@@ -188,8 +195,28 @@ def test_the_kernel_of_this_torch_takes_what_it_is_given(monkeypatch: pytest.Mon
         query, key = torch.empty(64, 4, 8, dtype=torch.bfloat16), torch.empty(64, 2, 8, dtype=torch.bfloat16)
         ends = torch.zeros(len(LENGTHS) + 1, dtype=torch.int32)
         for window in WINDOWS:
-            found = run(query, key, key, ends, 32, 0.3, window)
+            found = run(query, key, key, ends, 32, 0.3, window, 0.0)
             assert (found.shape, found.dtype) == (query.shape, query.dtype)
+
+
+def test_the_kernel_has_no_dropout() -> None:
+    query = torch.zeros(4, 2, 8)
+    with pytest.raises(DropoutError, match="the kernel has no dropout"):
+        kernel_of(_old)(query, query, query, torch.tensor([0, 4]), 4, 0.5, (-1, 0), 0.1)
+
+
+def test_without_the_kernel_weights_drop_out_in_each_segment() -> None:
+    states = _states(4, 2, 8, torch.float64)
+    torch.manual_seed(0)
+    found, _ = _attend(states, (-1, -1), None, dropout=0.5)
+    plain, _ = _attend(states, (-1, -1), None)
+    assert not torch.allclose(found, plain)
+    # The first token of the second segment sees itself alone: its value is dropped or doubled.
+    value = states[2].transpose(1, 2).flatten(0, 1)[5].repeat_interleave(2, 0)
+    ratio = found.flatten(0, 1)[5] / value
+    assert {round(x, 9) for x in ratio.flatten().tolist()} <= {0.0, 2.0}
+    mean = torch.stack([_attend(states, (-1, -1), None, dropout=0.5)[0].detach() for _ in range(2000)]).mean(0)
+    assert (mean - plain).norm() < 0.05 * plain.norm()
 
 
 on_cuda = pytest.param(

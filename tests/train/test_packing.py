@@ -185,6 +185,11 @@ def test_what_is_isolated_is_proved(name: str, attention: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_dropout_acts_in_attention_inside_of_segments() -> None:
+    model = _model("gpt2", "sdpa")
+    assert packing_obstacle(model, _task(), _examples([3, 12]), CPU, Segments(model), base_dropout=True) is None
+
+
 def test_the_proof_holds_under_bf16_too() -> None:
     compute = Compute(torch.device("cpu"), "bf16")
     model = _model("llama", "sdpa")
@@ -196,7 +201,6 @@ def test_the_proof_holds_under_bf16_too() -> None:
     ("name", "said"),
     [
         ("gemma2", "attention inside of segments: it knows no softcap"),
-        ("gpt2", "attention inside of segments: it has no dropout"),
         ("bloom", "does not keep the examples of a row apart"),
     ],
 )

@@ -11,6 +11,7 @@ from tests.models import families, perturb, word_tokenizer
 from tests.training import CPU
 from ticktune.device import Compute
 from ticktune.errors import PatchError
+from ticktune.patch import segments
 from ticktune.patch.attach import adapter_parameters, attach
 from ticktune.patch.standins import Checkpointed, Compiled, layers_of, places_of, standing_in
 from ticktune.patch.unpadded import TOKENS, Unpadded, without_padding
@@ -153,8 +154,17 @@ def test_texts_that_see_each_other_are_refused() -> None:
     assert problem.message.startswith("without padding the states behind its layers change by")
 
 
-def test_dropout_in_attention_is_refused_where_it_acts() -> None:
+def test_dropout_in_attention_is_refused_where_the_kernel_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model("bert")
+    prove_unpadded(model, Unpadded(model), _task(), _batch([2, 3, 12]), CPU, base_dropout=True)
+    by_length = segments.by_length
+
+    def kernel(*args: Any) -> Tensor:
+        if args[-1]:
+            raise segments.DropoutError("the kernel has no dropout")
+        return by_length(*args)
+
+    monkeypatch.setattr(segments, "by_length", kernel)
     [problem] = _obstacle(model, Unpadded(model), base_dropout=True).problems
     assert problem.message == "the base's own dropout acts in its attention"
     assert problem.fix == "set base.dropout: off"

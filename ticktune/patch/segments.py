@@ -2,8 +2,8 @@
 
 How layers attend, transformers looks up by a name in their config at every forward pass. In :meth:`Segments.running`
 that name is ours, masks are not built, and layers are told where segments end, as flash attention is told it. On CUDA,
-in half precision, one kernel of torch attends in all segments; elsewhere torch's own attention runs once for each run
-of segments of equal length.
+in half precision, one kernel of torch attends in all segments; elsewhere attention is called once for each run of
+segments of equal length.
 
 Legend of shapes: ``b`` batch, ``s`` sequence, ``h`` heads, ``g`` heads of keys and values, ``d`` head size, ``n`` how
 many segments.
@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.device import Compute
 from ticktune.errors import PatchError
+from ticktune.patch.cpu import attend
 from ticktune.tasks.batch import SEGMENTS, Batch
 
 NAME = "ticktune_segments"
@@ -33,7 +33,7 @@ _NOT_KNOWN = ("softcap", "s_aux", "position_bias", "cache")
 
 
 class DropoutError(ValueError):
-    """A layer wants dropout in its attention."""
+    """A layer wants dropout in its attention, which the kernel does not have."""
 
 
 Window = tuple[int, int]
@@ -143,7 +143,7 @@ def attention(
         value: ``(b, g, s, d)``.
         attention_mask: Not looked at.
         scaling: Of the scores; None: one over the root of d.
-        dropout: Must be 0.
+        dropout: Probability; 0 where one kernel attends in all segments.
         cu_seq_lens_q: Ends of the segments, ``(n+1,)`` int32.
         max_length_q: A length that no segment exceeds.
         sliding_window: How many tokens a token sees on a side, itself counted.
@@ -158,8 +158,6 @@ def attention(
     """
     if cu_seq_lens_q is None:
         raise ValueError("the layers are not told where segments end")
-    if dropout:
-        raise DropoutError("it has no dropout")
     unknown = [name for name in _NOT_KNOWN if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"it knows no {', '.join(unknown)}")
@@ -178,14 +176,20 @@ def attention(
     rows, length = query.shape[0], query.shape[2]
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     if q.is_cuda and q.dtype in _HALF:
-        found = _kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
+        found = _kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, window, dropout)
     else:
-        found = by_length(q, k, v, cu_seq_lens_q.diff().tolist(), scaling, window)
+        found = by_length(q, k, v, cu_seq_lens_q.diff().tolist(), scaling, window, dropout)
     return found.unflatten(0, (rows, length)), None
 
 
 def by_length(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float | None, window: Window
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    scale: float | None,
+    window: Window,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention in one call for each run of segments of equal length.
 
@@ -196,18 +200,18 @@ def by_length(
         lengths: Of the segments.
         scale: Of the scores; None: one over the root of d.
         window: How far a token sees.
+        dropout: Probability.
 
     Returns:
         ``(tokens, h, d)``.
     """
     runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
     parts = (states.split([length * count for length, count in runs]) for states in (query, key, value))
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     found = []
     for (length, count), *states in zip(runs, *parts, strict=True):
         q, k, v = (each.unflatten(0, (count, length)).transpose(1, 2) for each in states)
         mask, is_causal = _seen(length, window, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, **options)
+        out = attend(q, k, v, mask, scale=scale, is_causal=is_causal, dropout=dropout)
         found.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(found)
 
@@ -233,8 +237,17 @@ def kernel_of(varlen: Callable[..., Any]) -> Callable[..., Tensor]:
     has_windows, is_told_of_heads = "window_size" in known, "enable_gqa" in known
 
     def run(
-        query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None, window: Window
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        ends: Tensor,
+        longest: int,
+        scale: float | None,
+        window: Window,
+        dropout: float,
     ) -> Tensor:
+        if dropout:
+            raise DropoutError("the kernel has no dropout")
         options: dict[str, Any] = {"scale": scale}
         if has_windows:
             options["window_size"] = window

@@ -73,8 +73,8 @@ def drop_probability(dropout: tuple[nn.Module, str] | None) -> float:
     """
     if dropout is None or not dropout[0].training:
         return 0.0
-    own = getattr(*dropout)
-    return float(own.p if isinstance(own, nn.Dropout) else own)
+    own: Any = getattr(*dropout)
+    return float(getattr(own, "p", own))
 
 
 class Tick(nn.Module):

@@ -241,8 +241,8 @@ def _own(ffn: Ffn) -> list[Any]:
 
 
 def _probability(dropout: tuple[nn.Module, str]) -> float:
-    own = getattr(*dropout)
-    return float(own.p if isinstance(own, nn.Dropout) else own)
+    own: Any = getattr(*dropout)
+    return float(getattr(own, "p", own))
 
 
 def _matrix(own: nn.Module) -> Tensor:

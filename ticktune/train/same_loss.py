@@ -13,7 +13,13 @@ _ALLOWED, _ALLOWED_HALF = 1e-4, 5e-2  # relative; rounding is 1e-6 in float32 an
 
 
 def loss_obstacle(
-    model: nn.Module, compute: Compute, how: str, plain: Callable[[], Tensor], other: Callable[[], Tensor]
+    model: nn.Module,
+    compute: Compute,
+    how: str,
+    plain: Callable[[], Tensor],
+    other: Callable[[], Tensor],
+    *,
+    exact: bool = False,
 ) -> str | None:
     """Why a model cannot be run in another way; None: the loss is the same. The model's training mode is restored.
 
@@ -23,6 +29,7 @@ def loss_obstacle(
         how: What is other, such as ``wider blocks``.
         plain: The loss as ever,
         other: and in the other way.
+        exact: Whether it must be the same to the last bit.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -41,7 +48,7 @@ def loss_obstacle(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    allowed = _ALLOWED if compute.precision == "fp32" else _ALLOWED_HALF
+    allowed = 0.0 if exact else _ALLOWED if compute.precision == "fp32" else _ALLOWED_HALF
     if math.isclose(found, expected, rel_tol=allowed, abs_tol=allowed):
         return None
     return f"with {how} the loss of a batch is {found:.6g} instead of {expected:.6g}"
