@@ -55,6 +55,7 @@ ORDER = [
     "ticktune.patch.attach",
     "ticktune.patch.standins",
     "ticktune.patch.wide",
+    "ticktune.patch.cpu",
     "ticktune.patch.segments",
     "ticktune.patch.unpadded",
     "ticktune.data.media",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks import accuracy, aims, gpu_check, inference, loss, page, speed, tick_tax
+from benchmarks import accuracy, aims, attention, gpu_check, inference, loss, page, speed, tick_tax
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +37,13 @@ def test_the_section_beside_other_tools_is_made_of_the_results() -> None:
     for name in speed.WITH_CURVES:
         drawn = (speed.IMAGES / speed.image_name(name)).read_text(encoding="utf-8")
         assert drawn == speed.curves(document["cases"][name])
+
+
+def test_the_section_on_attention_is_made_of_the_results() -> None:
+    document = json.loads(attention.RESULTS.read_text(encoding="utf-8"))
+    shapes = [list(shape) for shape in attention.SHAPES]
+    assert [entry["shape"] for entry in document["results"]] == shapes * len(attention.DTYPES) * len(attention.DROPOUT)
+    assert page.page_with("attention", attention.section(document)) == _page()
 
 
 def test_the_time_to_accuracy_is_made_of_the_results() -> None:

@@ -365,12 +365,13 @@ class Training(Section):
     packing: bool = False
     """Several examples in a row of up to data.max_length tokens, none of which sees another: positions begin anew, and
     attention stays inside of an example. Batches are then not of about one length. run.json says how the base attends:
-    inside of segments, or with masks where it cannot (soft caps, dropout in attention, compiled on a CPU). A base that
-    does not keep examples apart is refused."""
+    inside of segments, or with masks where it cannot (soft caps, compiled on a CPU, dropout in attention on CUDA). A
+    base that does not keep examples apart is refused."""
     padding_free: bool = False
     """The layers of an encoder compute the tokens of a batch without its padding, each text attending to itself alone;
-    losses differ by rounding. Most is saved where batches hold texts of many lengths. Dropout in attention cannot act:
-    it needs `base.dropout: off` where the base has some. A base whose layers do not compute the same so is refused."""
+    losses differ by rounding. Most is saved where batches hold texts of many lengths. Dropout draws other numbers; on
+    CUDA in half precision that in attention cannot act, and a base that has some needs `base.dropout: off`. A base
+    whose layers do not compute the same so is refused."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic. auto: bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.
     Trainable tensors and optimizer state are always float32. A step whose gradients overflow in fp16 moves no weight
@@ -411,8 +412,9 @@ class Training(Section):
     fast: bool = True
     """Ways of computing that are faster or keep less, and agree with the plain ones to rounding: the loss of language
     models without their logits, and their scores in evaluation; less kept for the backward pass of gated units,
-    activations and norms without mean; Q and U of a gated tick in one product. false: the plain ones; packing,
-    padding_free, prefix_cache, ffn, compile and cuda_graphs must be off then."""
+    activations and norms without mean; Q and U of a gated tick in one product; on a CPU, attention in bfloat16 or with
+    dropout, and dropout, which so draws other numbers than torch's. false: the plain ones; packing, padding_free,
+    prefix_cache, ffn, compile and cuda_graphs must be off then."""
 
 
 class Generate(Section):
