@@ -204,14 +204,18 @@ def test_nan_loss_is_an_error_and_moves_nothing(tiny_bert: Path) -> None:
 
 
 @case("N3")
-def test_gradient_that_is_not_finite_is_an_error_that_names_it(tiny_bert: Path) -> None:
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_gradient_that_is_not_finite_is_an_error_that_names_it(
+    tiny_bert: Path, factor: float, clip: float | None
+) -> None:
     work = classification(tiny_bert)
     attach(work.model, 4)
     before = snapshot(work.model)
     named = {key: p for key, _, p in adapter_parameters(work.model)}
-    named["encoder.1.ffn.P"].register_hook(lambda grad: grad * math.inf)
+    named["encoder.1.ffn.P"].register_hook(lambda grad: grad * factor)
     with pytest.raises(NumericsError, match="the gradient of encoder.1.ffn.P is not finite"):
-        next(steps(work, work.batches(8), optimizer_of(work.model)))
+        next(steps(work, work.batches(8), optimizer_of(work.model), clip=clip))
     assert same(snapshot(work.model), before)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ticktune.device import Compute, is_out_of_memory
 from ticktune.errors import RecipeError, first_line
 from ticktune.tasks.batch import IGNORED, Batch
+from ticktune.train.groups import clip_gradients
 
 MOST_GRAPHS = 64
 """Shapes that have graphs; batches of further ones are computed without."""
@@ -121,7 +122,7 @@ class Graphs:
         """
         if self._clip is None:
             before = [g.clone() for g in self._gradients()]
-            self._clip = self._record(lambda: nn.utils.clip_grad_norm_(self.parameters, most))
+            self._clip = self._record(lambda: clip_gradients(self.parameters, most))
             torch._foreach_copy_(self._gradients(), before)
         replay, norm = self._clip
         replay()

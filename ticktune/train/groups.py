@@ -1,11 +1,11 @@
-"""Learning rate, decay and schedule for each role of parameter."""
+"""Learning rate, decay and schedule for each role of parameter, and the norm of all gradients."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ticktune.patch.attach import Role
 
@@ -54,6 +54,23 @@ def build_optimizer(parameters: Iterable[tuple[str, Role, nn.Parameter]], option
                 }
             )
     return torch.optim.AdamW(groups, betas=(options.betas[0], options.betas[1]), fused=True)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scales gradients so that their norm is at most this, as torch does.
+
+    Where it is not finite they stay as they are, so that it can be told which of them are not.
+
+    Args:
+        parameters: With or without gradients.
+        most: Largest norm; inf: none is scaled.
+
+    Returns:
+        The norm before, a scalar.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(parameters, most, norm.nan_to_num(nan=0.0, posinf=0.0))
+    return norm
 
 
 def lr_factor(step: int, total: int, options: "Schedule") -> float:

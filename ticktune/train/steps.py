@@ -19,6 +19,7 @@ from ticktune.errors import NumericsError
 from ticktune.patch.attach import set_training
 from ticktune.tasks.batch import Batch
 from ticktune.train.graphs import Graphs, Run
+from ticktune.train.groups import clip_gradients
 from ticktune.train.head_loss import LossOf, plain_loss
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def train_steps(
                 loss += run(compute.put(micro), weight)
         scaler.unscale_(optimizer)
         most = math.inf if clip is None else clip
-        found = nn.utils.clip_grad_norm_(parameters, most) if graphs is None else graphs.clip(most)
+        found = clip_gradients(parameters, most) if graphs is None else graphs.clip(most)
         value, norm = torch.stack([loss.double(), found.double()]).tolist()  # a GPU is waited for once
         overflow = scaler.is_enabled() and math.isfinite(value) and not math.isfinite(norm)
         if not overflow and not (math.isfinite(norm) and math.isfinite(value)):
