@@ -26,7 +26,7 @@ import yaml
 from benchmarks import page
 from benchmarks.clock import go_on
 from benchmarks.peers import Job, Learned, Study, settled
-from benchmarks.speed import DIM, SST2, machine_line, machine_of, rows_of, run_job, versions_of
+from benchmarks.speed import CASES, DIM, SST2, machine_line, machine_of, rows_of, run_job, versions_of
 from ticktune.base import load_model, quiet_transformers
 from ticktune.console import Console
 from ticktune.data.batches import epoch_batches
@@ -85,6 +85,7 @@ def job_of(prepared: Prepared, budget: int) -> Job:
         task=prepared.task.config(),
         auto_class=prepared.task.auto_class,
         budget=budget,
+        attention=CASES["minilm"].attention,
     )
 
 
