@@ -29,7 +29,7 @@ MASKS = ["none", "causal", "rows", "heads", "of all", "blind"]
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our attention even where torch's is as fast, so that it can be compared in float64 and float32."""
-    monkeypatch.setattr(cpu, "_is_worth_it", lambda query, dropout: True)
+    monkeypatch.setattr(cpu, "_is_worth_it", lambda *_: True)
 
 
 def _states(heads: int, groups: int, dtype: torch.dtype, count: int = KEYS, size: int = 8) -> list[Tensor]:
@@ -124,6 +124,34 @@ def test_in_bfloat16_it_is_as_near_as_the_eager_attention_of_transformers(count:
         assert (ours - each).norm() <= 1.1 * (other - each).norm()
 
 
+def test_a_query_that_sees_no_key_hides_no_other_that_is_not_a_number() -> None:
+    states, mask = _states(4, 2, torch.bfloat16), _mask("blind", 4)
+    with torch.no_grad():
+        states[0][0, :, 5] = math.nan
+    found = attend(*states, mask)
+    assert found[0, :, 5].isnan().all()
+    assert not found[1, :, 2:4].any()
+    (grad,) = torch.autograd.grad(found.float().sum(), states[1])
+    assert grad[0].isnan().all()
+    assert grad[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["no rows", "no tokens", "all drop out", "broadcast", "long"])
+def test_what_torch_does_as_well_or_better_is_left_to_it(case: str) -> None:
+    states = _states(4, 4, torch.bfloat16, 513 if case in ("long", "all drop out") else KEYS)
+    p = 1.0 if case == "all drop out" else 0.0
+    if case == "no rows":
+        states = [each[:0] for each in states]
+    if case == "no tokens":
+        states = [each[:, :, :0] for each in states]
+    if case == "broadcast":
+        states[0] = states[0][:1]
+    expected = F.scaled_dot_product_attention(*states, None, p)
+    found = attend(*states, dropout=p)
+    assert found.shape == expected.shape
+    assert torch.equal(found, expected)
+
+
 def test_only_queries_keys_and_values_are_kept() -> None:
     states = _states(4, 4, torch.bfloat16, 64)
     size = sum(each.numel() for each in states) * 2
@@ -177,7 +205,8 @@ def test_layers_get_what_the_attention_of_transformers_gives_them(kind: str, gro
     states, mask = _states(4, groups, torch.bfloat16), _mask(kind, 4)
     layer = _layer(is_causal=causal, num_key_value_groups=4 // groups)
     expected, _ = sdpa_attention_forward(layer, *states, mask, scaling=0.2)
-    found, weights = attention(layer, *states, mask, scaling=0.2)
+    # Some layers say that no weights are asked for.
+    found, weights = attention(layer, *states, mask, scaling=0.2, output_attentions=False)
     assert weights is None
     assert found.shape == expected.shape
     assert found.is_contiguous()

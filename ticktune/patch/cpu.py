@@ -35,7 +35,8 @@ _SAME = "ticktune_sdpa"  # what is called so is transformers' own
 _STEPS = 1 << 15  # probabilities of dropout are multiples of 1 / _STEPS
 _SCORES = 1 << 18  # about how many are computed at once: they stay in the cache
 _REGISTER = 16  # float32 in a register of 512 bits
-_NOT_KNOWN = ("softcap", "s_aux", "position_bias", "cache", "output_attentions")
+_MOST_KEYS = 512  # with which bfloat16 without dropout is faster than torch's, which keeps no row of scores whole
+_NOT_KNOWN = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def noise(shape: tuple[int, ...], p: float, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
@@ -81,7 +82,7 @@ def attend(
         ``(b, h, s, e)``; zero where a query sees no key.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not _is_worth_it(query, dropout):
+    if not _is_worth_it(query, key, dropout):
         options: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1], "is_causal": is_causal}
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, **options)
     if is_causal:
@@ -90,10 +91,16 @@ def attend(
     return result
 
 
-def _is_worth_it(query: Tensor, dropout: float) -> bool:
-    """Whether our attention is faster than torch's; where other code traces or transforms, torch's is left alone."""
-    on_cpu = query.device.type == "cpu" and can_replace()
-    return on_cpu and (query.dtype == torch.bfloat16 or 0 < dropout < 1)
+def _is_worth_it(query: Tensor, key: Tensor, dropout: float) -> bool:
+    """Whether our attention is faster than torch's; where other code traces or transforms, torch's is left alone.
+
+    So it is where there is nothing to compute, or rows are broadcast.
+    """
+    if query.device.type != "cpu" or not can_replace() or not query.numel() * key.numel() or len(query) != len(key):
+        return False
+    if dropout:
+        return dropout < 1
+    return query.dtype == torch.bfloat16 and key.shape[2] <= _MOST_KEYS
 
 
 class _Part(NamedTuple):
@@ -168,24 +175,27 @@ def _weights(ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tu
     (b, g, m, _), t = q.shape, k.shape[2]
     generator = torch.Generator().manual_seed(seed) if dropout else None
     wide = torch.promote_types(q.dtype, torch.float32)
-    bias, has_blind = None, False
+    bias, blind = None, None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=wide).masked_fill_(~mask, -math.inf)
         bias = bias.expand(b, h, m * g // h, t).unflatten(1, (g, h // g))
-        has_blind = not mask.any(-1).all()  # queries that see no key
+        seeing = mask.any(-1, keepdim=True)
+        if not seeing.all():
+            blind = (~seeing).expand(b, h, m * g // h, 1).unflatten(1, (g, h // g))
     at_once = max(1, _SCORES // (m * t))  # heads
     steps = (at_once // g, g) if at_once >= g else (1, at_once)
     for row in range(0, b, steps[0]):
         for head in range(0, g, steps[1]):
             part = _Part(slice(row, row + steps[0]), slice(head, head + steps[1]))
-            # The products are rounded once, and everything between them is float32, as torch's kernels have it.
+            # Scores are rounded once, as eager attention has it; torch's own kernels keep them in float32.
             scores = torch.bmm(part.of(q), part.of(k).transpose(1, 2)).to(wide).mul_(scale)
             if bias is not None:
                 hidden = bias[part.rows, part.heads]
                 scores.view(hidden.shape).add_(hidden)
             p = _softmax(scores)
-            if has_blind:
-                p.nan_to_num_(0.0)
+            if blind is not None:  # only there: what is not finite elsewhere shall be seen in the loss
+                unseen = blind[part.rows, part.heads]
+                p.view(*unseen.shape[:-1], t).masked_fill_(unseen, 0.0)
             yield part, p, None if generator is None else noise(tuple(p.shape), dropout, wide, generator)
 
 
@@ -236,8 +246,8 @@ def attention(
     if torch.is_autocast_enabled("cpu"):  # as torch's own attention would be
         states = tuple(each.to(torch.get_autocast_dtype("cpu")) for each in states)  # type: ignore[assignment]
     is_known = attention_mask is None or attention_mask.dtype == torch.bool
-    is_known &= not any(kwargs.get(name) is not None for name in _NOT_KNOWN)
-    if not is_known or query.shape[2] != key.shape[2] or not _is_worth_it(states[0], dropout):
+    is_known &= not any(kwargs.get(name) is not None for name in _NOT_KNOWN) and not kwargs.get("output_attentions")
+    if not is_known or query.shape[2] != key.shape[2] or not _is_worth_it(*states[:2], dropout):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
