@@ -124,6 +124,18 @@ def test_in_bfloat16_it_is_as_near_as_the_eager_attention_of_transformers(count:
         assert (ours - each).norm() <= 1.1 * (other - each).norm()
 
 
+def test_what_all_keys_have_in_common_costs_no_digits() -> None:
+    states = _states(4, 2, torch.bfloat16, 40, 16)
+    with torch.no_grad():
+        for each in states[:2]:
+            each[..., 0] += 30  # scores of 200
+    expected = _plain(states, None, causal=False, scale=16**-0.5, drop=None)
+    found = attend(*states)
+    assert (found - expected).norm() <= 1e-2 * expected.norm()
+    for ours, theirs in zip(_gradients(found, states), _gradients(expected, states), strict=True):
+        assert (ours - theirs).norm() <= 3e-2 * theirs.norm()
+
+
 def test_a_query_that_sees_no_key_hides_no_other_that_is_not_a_number() -> None:
     states, mask = _states(4, 2, torch.bfloat16), _mask("blind", 4)
     with torch.no_grad():

@@ -129,7 +129,9 @@ class _Attention(torch.autograd.Function):
         (b, h, s, _), g = query.shape, key.shape[1]
         with torch.autocast("cpu", enabled=False):
             # Queries that share keys lie one after the other.
-            q, k, v = query.reshape(b, g, h // g * s, -1).contiguous(), key.contiguous(), value.contiguous()
+            q, v = query.reshape(b, g, h // g * s, -1).contiguous(), value.contiguous()
+            # The softmax does not see what all scores of a query have in common; rounded with them, it would be lost.
+            k = (key - key.mean(2, keepdim=True)).contiguous()
             ctx.parts = scale, dropout, h, int(torch.randint(2**62, ())) if dropout else 0
             ctx.save_for_backward(q, k, v, mask)
             found = q.new_empty(b, g, q.shape[2], v.shape[-1])
