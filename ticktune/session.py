@@ -309,6 +309,8 @@ class Session:
             return {"cpu_kernels": before}
         if isinstance(found, OnCpu):
             self._on_cpu = found.running
+            if self._segments is not None:
+                self._segments.attend_on_cpu()
             return {"cpu_kernels": _OURS}
         if goes_on:
             self.console.warn(

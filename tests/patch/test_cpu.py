@@ -171,6 +171,12 @@ def test_only_queries_keys_and_values_are_kept() -> None:
     assert saved_bytes(nn.Identity(), lambda: F.scaled_dot_product_attention(*states, None, 0.1).sum()) > 2 * size
 
 
+def test_a_mask_and_causal_attention_exclude_each_other() -> None:
+    states = _states(4, 4, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="a mask and is causal too"):
+        attend(*states, _mask("rows", 4), is_causal=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_noise_is_zero_as_often_as_it_shall_be_and_one_on_average(dtype: torch.dtype) -> None:
     found = noise((1001, 333), 0.1, dtype, torch.Generator().manual_seed(0))
@@ -182,12 +188,13 @@ def test_noise_is_zero_as_often_as_it_shall_be_and_one_on_average(dtype: torch.d
     none, other = found.unique().tolist()
     assert none == 0
     assert other == pytest.approx(1 / 0.9, rel=5e-3 if dtype == torch.bfloat16 else 1e-4)
-    # Neighbours, rows and the four elements of one drawn number are independent.
+    # Neighbours, among them the four elements of one drawn number, and rows are independent.
     dropped = (found == 0).double()
     for one, other in (
         (dropped[:, :-1], dropped[:, 1:]),
         (dropped[:-1], dropped[1:]),
         (dropped[:, :-2], dropped[:, 2:]),
+        (dropped[:, :-3], dropped[:, 3:]),
     ):
         assert (one * other).mean().item() == pytest.approx(0.01, abs=6 * math.sqrt(0.01 / found.numel()))
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.models import families
 from ticktune.patch import segments
 from ticktune.patch.attach import adapter_parameters, attach
 from ticktune.patch.segments import (
@@ -197,6 +198,33 @@ def test_the_kernel_of_this_torch_takes_what_it_is_given(monkeypatch: pytest.Mon
         for window in WINDOWS:
             found = run(query, key, key, ends, 32, 0.3, window, 0.0)
             assert (found.shape, found.dtype) == (query.shape, query.dtype)
+
+
+def test_on_a_cpu_each_segment_may_attend_by_our_own_attention() -> None:
+    states = _states(4, 2, 8, torch.bfloat16)
+    expected = _expected([each.double() for each in states], (-1, 0), None)
+    torchs, _ = _attend(states, (-1, 0), None)
+    ours, _ = _attend(states, (-1, 0), None, on_cpu=True)
+    assert not torch.equal(ours, torchs)
+    assert _distance([ours], [expected]) < 3 * _distance([torchs], [expected])
+
+
+def test_a_model_attends_by_it_where_it_is_asked_to() -> None:
+    model: Any = attach(families()["llama"]().bfloat16(), 4)
+    ids = torch.randint(4, 64, (1, 24), generator=torch.Generator().manual_seed(0))
+    ways: Any = Segments(model)
+
+    def logits() -> Tensor:
+        with torch.no_grad(), ways.running({SEGMENTS: [3, 5, 8, 8]}):
+            found: Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
+
+    before = logits()
+    ways.attend_on_cpu()
+    after = logits()
+    assert not torch.equal(before, after)
+    assert _distance([after], [before]) < 3e-2
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_kernel_has_no_dropout() -> None:

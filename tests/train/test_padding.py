@@ -159,10 +159,10 @@ def test_dropout_in_attention_is_refused_where_the_kernel_has_none(monkeypatch: 
     prove_unpadded(model, Unpadded(model), _task(), _batch([2, 3, 12]), CPU, base_dropout=True)
     by_length = segments.by_length
 
-    def kernel(*args: Any) -> Tensor:
+    def kernel(*args: Any, **options: Any) -> Tensor:
         if args[-1]:
             raise segments.DropoutError("the kernel has no dropout")
-        return by_length(*args)
+        return by_length(*args, **options)
 
     monkeypatch.setattr(segments, "by_length", kernel)
     [problem] = _obstacle(model, Unpadded(model), base_dropout=True).problems

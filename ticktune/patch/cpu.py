@@ -2,9 +2,9 @@
 
 torch's own attention does without the CPU's instructions for bfloat16 in its backward pass, and multiplies in float32
 where there is dropout (torch 2.13, native/cpu/FlashAttentionKernel.cpp and native/transformers/attention.cpp). Here it
-is matrix products, of a few rows at once; what lies between them is computed again in the backward pass, and only
-queries, keys and values are kept. torch's dropout draws two numbers for each element, one after the other; here one
-number of 64 bits is drawn for four elements. So other elements are dropped than torch would drop, equally many.
+is matrix products, of a few rows or heads at once; what lies between them is computed again in the backward pass, and
+only queries, keys and values are kept. torch's dropout draws two numbers for each element, one after the other; here
+one number of 64 bits is drawn for four elements. So other elements are dropped than torch would drop, equally many.
 
 Layers look their attention up by a name in their config, and call their dropout modules: in :meth:`OnCpu.running`
 that name is ours, and modules of ours stand in the places of those. Between two passes the model is as it was.
@@ -31,12 +31,14 @@ NAME = "ticktune_cpu"
 """What our attention is called in transformers' registry."""
 
 _PLAIN = "sdpa"
-_SAME = "ticktune_sdpa"  # what is called so is transformers' own
+_RENAMED = "ticktune_renamed"  # the same function as _PLAIN
 _STEPS = 1 << 15  # probabilities of dropout are multiples of 1 / _STEPS
 _SCORES = 1 << 18  # about how many are computed at once: they stay in the cache
 _REGISTER = 16  # float32 in a register of 512 bits
 _MOST_KEYS = 512  # with which bfloat16 without dropout is faster than torch's, which keeps no row of scores whole
-_NOT_KNOWN = ("softcap", "s_aux", "position_bias", "cache")
+
+NOT_KNOWN = ("softcap", "s_aux", "position_bias", "cache")
+"""What layers may ask of attention that is neither in ours nor in torch's."""
 
 
 def noise(shape: tuple[int, ...], p: float, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
@@ -75,17 +77,22 @@ def attend(
         value: ``(b, g, t, e)``.
         mask: True where a query sees a key; shape that ``(b, h, s, t)`` is broadcast from. None: all see all.
         scale: Of the scores; None: one over the root of d.
-        is_causal: Whether a query sees only keys that do not come after it. Without a mask.
+        is_causal: Whether a query sees only keys that do not come after it; not beside a mask.
         dropout: Probability with which a query does not use a key that it sees.
 
     Returns:
         ``(b, h, s, e)``; zero where a query sees no key.
+
+    Raises:
+        RuntimeError: There is a mask, and is_causal too.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not _is_worth_it(query, key, dropout):
         options: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1], "is_causal": is_causal}
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, **options)
     if is_causal:
+        if mask is not None:
+            raise RuntimeError("attention has a mask and is causal too")
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril_()
     result: Tensor = _Attention.apply(query, key, value, mask, scale, dropout)
     return result
@@ -101,6 +108,20 @@ def _is_worth_it(query: Tensor, key: Tensor, dropout: float) -> bool:
     if dropout:
         return dropout < 1
     return query.dtype == torch.bfloat16 and key.shape[2] <= _MOST_KEYS
+
+
+class _How(NamedTuple):
+    """How weights are made of scores.
+
+    Args:
+        scale: Of the scores.
+        dropout: Probability.
+        seed: Of what is dropped.
+    """
+
+    scale: float
+    dropout: float
+    seed: int
 
 
 class _Part(NamedTuple):
@@ -132,10 +153,11 @@ class _Attention(torch.autograd.Function):
             q, v = query.reshape(b, g, h // g * s, -1).contiguous(), value.contiguous()
             # The softmax does not see what all scores of a query have in common; rounded with them, it would be lost.
             k = (key - key.mean(2, keepdim=True)).contiguous()
-            ctx.parts = scale, dropout, h, int(torch.randint(2**62, ())) if dropout else 0
+            how = _How(scale, dropout, int(torch.randint(2**32, ())) if dropout else 0)
             ctx.save_for_backward(q, k, v, mask)
+            ctx.how, ctx.heads = how, h
             found = q.new_empty(b, g, q.shape[2], v.shape[-1])
-            for part, p, dropped in _weights(ctx, q, k, mask):
+            for part, p, dropped in _weights(how, h, q, k, mask):
                 used = (p if dropped is None else p.mul_(dropped)).to(q.dtype)
                 torch.bmm(used, part.of(v), out=part.of(found))
         return found.view(b, h, s, -1)
@@ -145,27 +167,30 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
         q, k, v, mask = ctx.saved_tensors
-        scale, _, h, _ = ctx.parts
+        how, h = ctx.how, ctx.heads
         grad = grad.reshape(*q.shape[:3], -1).contiguous()
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for part, p, dropped in _weights(ctx, q, k, mask):
+        for part, p, dropped in _weights(how, h, q, k, mask):
             g = part.of(grad)
             of_p = torch.bmm(g, part.of(v).transpose(1, 2)).to(p.dtype)
             if dropped is not None:
                 of_p.mul_(dropped)
             used = (p if dropped is None else dropped.mul_(p)).to(g.dtype)
             torch.bmm(used.transpose(1, 2), g, out=part.of(of_v))
-            of_scores = _softmax_back(of_p, p).mul_(scale).to(g.dtype)
+            of_scores = _softmax_back(of_p, p).mul_(how.scale).to(g.dtype)
             torch.bmm(of_scores, part.of(k), out=part.of(of_q))
             torch.bmm(of_scores.transpose(1, 2), part.of(q), out=part.of(of_k))
         return of_q.view(q.shape[0], h, -1, q.shape[-1]), of_k, of_v, None, None, None
 
 
-def _weights(ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[_Part, Tensor, Tensor | None]]:
+def _weights(
+    how: _How, h: int, q: Tensor, k: Tensor, mask: Tensor | None
+) -> Iterator[tuple[_Part, Tensor, Tensor | None]]:
     """Computes the weights of keys, a few rows or heads at once, the same each time.
 
     Args:
-        ctx: Of the function, with the scale, the probability of dropout, how many heads there are and a seed.
+        how: Scale and dropout.
+        h: Heads of queries.
         q: ``(b, g, m, d)``.
         k: ``(b, g, t, d)``.
         mask: As :func:`attend`.
@@ -173,9 +198,8 @@ def _weights(ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tu
     Yields:
         A part, its weights ``(n, m, t)``, and what dropout multiplies them with, or None.
     """
-    scale, dropout, h, seed = ctx.parts
     (b, g, m, _), t = q.shape, k.shape[2]
-    generator = torch.Generator().manual_seed(seed) if dropout else None
+    generator = torch.Generator().manual_seed(how.seed) if how.dropout else None
     wide = torch.promote_types(q.dtype, torch.float32)
     bias, blind = None, None
     if mask is not None:
@@ -190,7 +214,7 @@ def _weights(ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tu
         for head in range(0, g, steps[1]):
             part = _Part(slice(row, row + steps[0]), slice(head, head + steps[1]))
             # Scores are rounded once, as eager attention has it; torch's own kernels keep them in float32.
-            scores = torch.bmm(part.of(q), part.of(k).transpose(1, 2)).to(wide).mul_(scale)
+            scores = torch.bmm(part.of(q), part.of(k).transpose(1, 2)).to(wide).mul_(how.scale)
             if bias is not None:
                 hidden = bias[part.rows, part.heads]
                 scores.view(hidden.shape).add_(hidden)
@@ -198,7 +222,7 @@ def _weights(ctx: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tu
             if blind is not None:  # only there: what is not finite elsewhere shall be seen in the loss
                 unseen = blind[part.rows, part.heads]
                 p.view(*unseen.shape[:-1], t).masked_fill_(unseen, 0.0)
-            yield part, p, None if generator is None else noise(tuple(p.shape), dropout, wide, generator)
+            yield part, p, None if generator is None else noise(tuple(p.shape), how.dropout, wide, generator)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -248,7 +272,7 @@ def attention(
     if torch.is_autocast_enabled("cpu"):  # as torch's own attention would be
         states = tuple(each.to(torch.get_autocast_dtype("cpu")) for each in states)  # type: ignore[assignment]
     is_known = attention_mask is None or attention_mask.dtype == torch.bool
-    is_known &= not any(kwargs.get(name) is not None for name in _NOT_KNOWN) and not kwargs.get("output_attentions")
+    is_known &= not any(kwargs.get(name) is not None for name in NOT_KNOWN) and not kwargs.get("output_attentions")
     if not is_known or query.shape[2] != key.shape[2] or not _is_worth_it(*states[:2], dropout):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -305,7 +329,7 @@ class OnCpu:
 
     def renamed(self) -> AbstractContextManager[None]:
         """Within it the model attends as ever, by another name: it computes the same, unless it asks for the name."""
-        return self._attending_by(_SAME)
+        return self._attending_by(_RENAMED)
 
     @contextmanager
     def _attending_by(self, name: str) -> Iterator[None]:
@@ -326,6 +350,6 @@ def _register() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    for name, function in ((NAME, attention), (_SAME, sdpa_attention_forward)):
+    for name, function in ((NAME, attention), (_RENAMED, sdpa_attention_forward)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, sdpa_mask)

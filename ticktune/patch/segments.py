@@ -17,19 +17,21 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticktune.device import Compute
 from ticktune.errors import PatchError
-from ticktune.patch.cpu import attend
+from ticktune.patch.cpu import NOT_KNOWN, attend
 from ticktune.tasks.batch import SEGMENTS, Batch
 
 NAME = "ticktune_segments"
-"""What our attention is called in transformers' registry."""
+"""What attention inside of segments is called in transformers' registry."""
+
+_ON_CPU = "ticktune_segments_cpu"  # the same, each segment by our own attention for CPUs
 
 _HALF = (torch.float16, torch.bfloat16)
 _LAYERS = {"full_attention", "sliding_attention"}
-_NOT_KNOWN = ("softcap", "s_aux", "position_bias", "cache")
 
 
 class DropoutError(ValueError):
@@ -60,7 +62,12 @@ class Segments:
         kinds = {kind for config in self._configs for kind in getattr(config, "layer_types", None) or ()}
         if kinds - _LAYERS:
             raise PatchError(f"it has layers of the kind {', '.join(sorted(kinds - _LAYERS))}")
+        self._name = NAME
         _register(with_kernel=self._device.type == "cuda")
+
+    def attend_on_cpu(self) -> None:
+        """From now on segments attend by :func:`ticktune.patch.cpu.attend`, where torch's kernel does not."""
+        self._name = _ON_CPU
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:
@@ -91,7 +98,7 @@ class Segments:
         before = [config._attn_implementation_internal for config in self._configs]
         try:
             for config in self._configs:
-                config._attn_implementation_internal = NAME
+                config._attn_implementation_internal = self._name
             yield
         finally:
             for config, name in zip(self._configs, before, strict=True):
@@ -132,6 +139,7 @@ def attention(
     max_length_q: int = 0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    on_cpu: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attends inside of segments, as transformers calls attention; no mask is looked at.
@@ -148,6 +156,7 @@ def attention(
         max_length_q: A length that no segment exceeds.
         sliding_window: How many tokens a token sees on a side, itself counted.
         is_causal: Whether a token sees only those before it; None: as the layer says.
+        on_cpu: Whether our own attention for CPUs is taken instead of torch's.
         kwargs: What else the layer says.
 
     Returns:
@@ -158,7 +167,7 @@ def attention(
     """
     if cu_seq_lens_q is None:
         raise ValueError("the layers are not told where segments end")
-    unknown = [name for name in _NOT_KNOWN if kwargs.get(name) is not None]
+    unknown = [name for name in NOT_KNOWN if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"it knows no {', '.join(unknown)}")
     if sliding_window is None and getattr(module, "sliding_window", None) is not None:
@@ -178,7 +187,7 @@ def attention(
     if q.is_cuda and q.dtype in _HALF:
         found = _kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, window, dropout)
     else:
-        found = by_length(q, k, v, cu_seq_lens_q.diff().tolist(), scaling, window, dropout)
+        found = by_length(q, k, v, cu_seq_lens_q.diff().tolist(), scaling, window, dropout, on_cpu=on_cpu)
     return found.unflatten(0, (rows, length)), None
 
 
@@ -190,6 +199,8 @@ def by_length(
     scale: float | None,
     window: Window,
     dropout: float = 0.0,
+    *,
+    on_cpu: bool = False,
 ) -> Tensor:
     """Attention in one call for each run of segments of equal length.
 
@@ -201,17 +212,22 @@ def by_length(
         scale: Of the scores; None: one over the root of d.
         window: How far a token sees.
         dropout: Probability.
+        on_cpu: As :func:`attention`.
 
     Returns:
         ``(tokens, h, d)``.
     """
     runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
     parts = (states.split([length * count for length, count in runs]) for states in (query, key, value))
+    plain = {"enable_gqa": query.shape[1] != key.shape[1]}
     found = []
     for (length, count), *states in zip(runs, *parts, strict=True):
         q, k, v = (each.unflatten(0, (count, length)).transpose(1, 2) for each in states)
         mask, is_causal = _seen(length, window, q.device)
-        out = attend(q, k, v, mask, scale=scale, is_causal=is_causal, dropout=dropout)
+        if on_cpu:
+            out = attend(q, k, v, mask, scale=scale, is_causal=is_causal, dropout=dropout)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, **plain)
         found.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(found)
 
@@ -282,3 +298,4 @@ def _register(*, with_kernel: bool) -> None:
 
             _kernel = kernel_of(varlen_attn)
     AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(_ON_CPU, functools.partial(attention, on_cpu=True))

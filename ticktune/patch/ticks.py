@@ -71,8 +71,11 @@ def drop_probability(dropout: tuple[nn.Module, str] | None) -> float:
     Args:
         dropout: Module and attribute name of that dropout (a probability or an ``nn.Dropout``), or None.
     """
-    if dropout is None or not dropout[0].training:
-        return 0.0
+    return 0.0 if dropout is None or not dropout[0].training else probability_of(dropout)
+
+
+def probability_of(dropout: tuple[nn.Module, str]) -> float:
+    """The probability of a dropout, whether it acts now or not. Args as :func:`drop_probability`."""
     own: Any = getattr(*dropout)
     return float(getattr(own, "p", own))
 

@@ -74,6 +74,10 @@ class Unpadded:
             for (owner, name, _), inner in zip(self._places, before, strict=True):
                 owner._modules[name] = inner
 
+    def attend_on_cpu(self) -> None:
+        """As :meth:`ticktune.patch.segments.Segments.attend_on_cpu`."""
+        self._segments.attend_on_cpu()
+
     def again(self) -> AbstractContextManager[None]:
         """What layers are computed again in, in a backward pass; they get the arguments that they had."""
         return self._segments.again()

@@ -25,7 +25,7 @@ from ticktune.patch.attach import attachment_of
 from ticktune.patch.fast import LeanUnits
 from ticktune.patch.layout import Ffn, is_conv1d
 from ticktune.patch.standins import StandIn, places_of, standing_in
-from ticktune.patch.ticks import Tick
+from ticktune.patch.ticks import Tick, probability_of
 from ticktune.quantize import is_coded
 
 
@@ -228,7 +228,7 @@ def _obstacle(ffn: Ffn, tick: nn.Module, dtype: torch.dtype | None, ticked: Sequ
     places = Counter(m.weight.data_ptr() for other in ticked for m in _own(other) if not m.weight.is_meta)
     if any(places[m.weight.data_ptr()] > 1 for m in own if not m.weight.is_meta):
         return "layers share their weights"
-    if tick.dropout or (ffn.dropout is not None and _probability(ffn.dropout)):
+    if tick.dropout or (ffn.dropout is not None and probability_of(ffn.dropout)):
         return "hidden units are dropped out"
     if dtype is not None and any(m.weight.dtype != dtype for m in own):
         return f"the base's weights are not {str(dtype).removeprefix('torch.')}"
@@ -238,11 +238,6 @@ def _obstacle(ffn: Ffn, tick: nn.Module, dtype: torch.dtype | None, ticked: Sequ
 def _own(ffn: Ffn) -> list[Any]:
     """The base's projections of a block that has no experts."""
     return [] if ffn.experts is not None else [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
-
-
-def _probability(dropout: tuple[nn.Module, str]) -> float:
-    own: Any = getattr(*dropout)
-    return float(getattr(own, "p", own))
 
 
 def _matrix(own: nn.Module) -> Tensor:
