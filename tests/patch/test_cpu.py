@@ -164,6 +164,12 @@ def test_what_torch_does_as_well_or_better_is_left_to_it(case: str) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("count", "size", "is_ours"), [(256, 8, True), (257, 8, False), (257, 32, True)])
+def test_how_long_it_is_the_faster_one_depends_on_the_size_of_heads(count: int, size: int, is_ours: bool) -> None:
+    states = _states(2, 2, torch.bfloat16, count, size)
+    assert torch.equal(attend(*states), F.scaled_dot_product_attention(*states)) != is_ours
+
+
 def test_only_queries_keys_and_values_are_kept() -> None:
     states = _states(4, 4, torch.bfloat16, 64)
     size = sum(each.numel() for each in states) * 2

@@ -35,7 +35,9 @@ _RENAMED = "ticktune_renamed"  # the same function as _PLAIN
 _STEPS = 1 << 15  # probabilities of dropout are multiples of 1 / _STEPS
 _SCORES = 1 << 18  # about how many are computed at once: they stay in the cache
 _REGISTER = 16  # float32 in a register of 512 bits
-_MOST_KEYS = 512  # with which bfloat16 without dropout is faster than torch's, which keeps no row of scores whole
+# Keys up to which bfloat16 without dropout is faster than torch's, which keeps no row of scores whole.
+_MOST_KEYS = 512
+_MOST_KEYS_OF_SMALL_HEADS = 256  # of fewer than 32 numbers, whose products are small beside the softmax
 
 NOT_KNOWN = ("softcap", "s_aux", "position_bias", "cache")
 """What layers may ask of attention that is neither in ours nor in torch's."""
@@ -107,7 +109,8 @@ def _is_worth_it(query: Tensor, key: Tensor, dropout: float) -> bool:
         return False
     if dropout:
         return dropout < 1
-    return query.dtype == torch.bfloat16 and key.shape[2] <= _MOST_KEYS
+    most = _MOST_KEYS if query.shape[-1] >= 32 else _MOST_KEYS_OF_SMALL_HEADS
+    return query.dtype == torch.bfloat16 and key.shape[2] <= most
 
 
 class _How(NamedTuple):
