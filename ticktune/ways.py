@@ -3,6 +3,7 @@
 What a model without weights shows is refused by the functions named ``check_…``, for ``inspect``.
 """
 
+import functools
 import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -263,22 +264,21 @@ def _on_cpu(prepared: Prepared, model: nn.Module) -> OnCpu | str | None:
         return None
     if training.compile:
         return "what is compiled has its own"
-    examples = prepared.examples["train"]
+    on_cpu, examples = OnCpu(model), prepared.examples["train"]
+    if not on_cpu.attends:
+        return on_cpu
     shortest = heapq.nsmallest(_UNEQUAL_ROWS, range(len(examples)), key=examples.lengths.__getitem__)
-    on_cpu = OnCpu(model)
     batch = compute.put(collated(prepared, examples.take([shortest[0], shortest[-1]])))
 
-    def plain() -> Tensor:
-        return task.loss(task.forward(model, batch), batch)
-
-    def in_(context: AbstractContextManager[None]) -> Tensor:
+    def loss_in(context: AbstractContextManager[None]) -> Tensor:
         with context:
-            return plain()
+            return task.loss(task.forward(model, batch), batch)
 
+    plain = functools.cache(lambda: loss_in(nullcontext()))
     named = "attention by another name"
-    obstacle = loss_obstacle(model, compute, named, plain, lambda: in_(on_cpu.renamed()), exact=True)
+    obstacle = loss_obstacle(model, compute, named, plain, lambda: loss_in(on_cpu.renamed()), exact=True)
     if obstacle is None:
-        obstacle = loss_obstacle(model, compute, "attention of our own", plain, lambda: in_(on_cpu.running()))
+        obstacle = loss_obstacle(model, compute, "attention of our own", plain, lambda: loss_in(on_cpu.running()))
     return on_cpu if obstacle is None else obstacle
 
 

@@ -317,6 +317,11 @@ class OnCpu:
         if self._configs:
             _register()
 
+    @property
+    def attends(self) -> bool:
+        """Whether there is attention that transformers looks up by a name."""
+        return bool(self._configs)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it the model attends and drops out in our way; a layer that is computed again must do so too."""
