@@ -1,10 +1,10 @@
 """What torch computes slowly on a CPU, in another way: attention in bfloat16 or with dropout, and dropout itself.
 
-torch's own attention does without the CPU's instructions for bfloat16 in its backward pass, and multiplies in float32
-where there is dropout (torch 2.13, native/cpu/FlashAttentionKernel.cpp and native/transformers/attention.cpp). Here it
-is matrix products, of a few rows or heads at once; what lies between them is computed again in the backward pass, and
-only queries, keys and values are kept. torch's dropout draws two numbers for each element, one after the other; here
-one number of 64 bits is drawn for four elements. So other elements are dropped than torch would drop, equally many.
+torch's own attention is slow in bfloat16 in its backward pass (benchmarks/attention.py), and multiplies in float32
+where there is dropout (torch 2.13, native/transformers/attention.cpp). Here it is matrix products, of a few rows or
+heads at once; what lies between them is computed again in the backward pass, and only queries, keys and values are
+kept. torch's dropout draws two numbers for each element, one after the other; here one number of 64 bits is drawn for
+four elements. So other elements are dropped than torch would drop, equally many.
 
 Layers look their attention up by a name in their config, and call their dropout modules: in :meth:`OnCpu.running`
 that name is ours, and modules of ours stand in the places of those. Between two passes the model is as it was.
@@ -56,7 +56,7 @@ def noise(shape: tuple[int, ...], p: float, dtype: torch.dtype, generator: torch
     count = math.prod(shape)
     drawn = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     values = drawn.view(torch.int16)[:count].view(shape).bitwise_and_(_STEPS - 1)
-    # The sign of the difference is -1, where it is dropped, or 0.
+    # The difference is negative where it is dropped: shifted by 15 bits, -1 there and 0 elsewhere.
     kept = values.sub_(dropped).bitwise_right_shift_(15).add_(1)
     return kept.to(dtype).mul_(_STEPS / (_STEPS - dropped))
 
