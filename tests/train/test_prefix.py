@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -373,6 +373,7 @@ def test_with_batches_of_tokens_it_is_not_filled_with_all_rows_at_once() -> None
         prepared=SimpleNamespace(examples={"train": range(5000)}),
         signals=SimpleNamespace(poll=None),
         console=SimpleNamespace(note=lambda text: None),
+        _on_cpu=nullcontext,
     )
     Session._fill_cache(session)
     assert sizes == [32]
