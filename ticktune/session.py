@@ -281,18 +281,10 @@ class Session:
         found = self._found_segments
         if found is None:
             return {}
-        # A run of a version that did not record it had masks.
-        before: str = self.run.record().get("attention", _MASKED) if goes_on else _BY_SEGMENTS
-        if before != _BY_SEGMENTS:
-            return {"attention": before}
-        if isinstance(found, Segments):
+        said = self._proved_way("attention", _BY_SEGMENTS, _MASKED, "masked attention", found, goes_on=goes_on)
+        if isinstance(found, Segments) and said == _BY_SEGMENTS:
             self._segments = found
-            return {"attention": _BY_SEGMENTS}
-        if goes_on:
-            self.console.warn(
-                f"the run goes on with masked attention, as {found}: the result need not be bitwise the same"
-            )
-        return {"attention": f"{_MASKED}: {found}"}
+        return {"attention": said}
 
     def _choose_kernels(self, *, goes_on: bool) -> dict[str, str]:
         """Lets a model on a CPU attend and drop out in our way; a run goes on as it began.
@@ -303,20 +295,30 @@ class Session:
         found = self._found_on_cpu
         if found is None:
             return {}
-        # A run of a version that did not record it had torch's.
-        before: str = self.run.record().get("cpu_kernels", _TORCHS) if goes_on else _OURS
-        if before != _OURS:
-            return {"cpu_kernels": before}
-        if isinstance(found, OnCpu):
+        said = self._proved_way("cpu_kernels", _OURS, _TORCHS, "torch's attention", found, goes_on=goes_on)
+        if isinstance(found, OnCpu) and said == _OURS:
             self._on_cpu = found.running
             if self._segments is not None:
                 self._segments.attend_on_cpu()
-            return {"cpu_kernels": _OURS}
+        return {"cpu_kernels": said}
+
+    def _proved_way(self, key: str, way: str, plain: str, shown: str, found: object, *, goes_on: bool) -> str:
+        """What the record says under a key: the way, or the plain one, in which the run began or as ours is not proved.
+
+        Args:
+            key: Of the record; a run of a version that did not write it went the plain way.
+            way: What it says of our way,
+            plain: and of the plain one,
+            shown: which is called so in messages.
+            found: Our way, or the reason why it is not possible.
+            goes_on: Whether the run goes on.
+        """
+        before: str = self.run.record().get(key, plain) if goes_on else way
+        if before != way or not isinstance(found, str):
+            return before
         if goes_on:
-            self.console.warn(
-                f"the run goes on with torch's attention, as {found}: the result need not be bitwise the same"
-            )
-        return {"cpu_kernels": f"{_TORCHS}: {found}"}
+            self.console.warn(f"the run goes on with {shown}, as {found}: the result need not be bitwise the same")
+        return f"{plain}: {found}"
 
     def _choose_ffn(self) -> dict[str, Any]:
         """Computes ticks as the recipe or a trial says; a run goes on as it began.
